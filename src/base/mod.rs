@@ -1,0 +1,20 @@
+//! Units, extents, ids, limits, clock, digest, errors: what every layer speaks in.
+//!
+//! Nothing here knows a disk format, a thread or a socket. [`durable`] holds the few
+//! file-system idioms (atomic replace, directory sync) that several edges need.
+
+pub mod clock;
+pub mod digest;
+pub mod durable;
+pub mod error;
+pub mod extents;
+pub mod ids;
+pub mod limits;
+pub mod units;
+
+pub use clock::{Clock, SystemClock, Timestamp};
+pub use digest::Digest;
+pub use error::{Error, ErrorKind, Result};
+pub use extents::{Extent, ExtentSet};
+pub use ids::{BootId, DiskId, EpochNumber, FileKey, PointId, VmId, VmName};
+pub use units::{BLOCK_BYTES, Block, CHUNK_BLOCKS, CHUNK_BYTES, REGION_BYTES, Region};

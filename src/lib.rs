@@ -1,0 +1,8 @@
+//! afterimage: disaster recovery for QEMU/KVM on Linux.
+
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod base;
+pub mod core;
+pub mod format;
