@@ -6,3 +6,4 @@
 pub mod base;
 pub mod core;
 pub mod format;
+pub mod host;

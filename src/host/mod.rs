@@ -1,0 +1,3 @@
+//! Assembly: the daemon, its threads and jobs, and its API.
+
+pub mod api;
