@@ -74,8 +74,7 @@ impl Database {
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;",
             )
             .map_err(failed)?;
-        let version: i64 =
-            connection.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(failed)?;
+        let version: i64 = connection.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(failed)?;
         match version {
             SCHEMA_VERSION => {}
             0 => connection
@@ -99,9 +98,7 @@ impl Database {
 /// An error of SQLite in our words.
 fn failed(path: &Path, e: rusqlite::Error) -> Error {
     let kind = match e.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
-            ErrorKind::Damaged
-        }
+        Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => ErrorKind::Damaged,
         Some(rusqlite::ErrorCode::DiskFull) => ErrorKind::NoSpace,
         _ => ErrorKind::Io,
     };

@@ -54,13 +54,7 @@ impl Events {
         }
     }
 
-    fn insert(
-        &self,
-        severity: Severity,
-        vm: Option<&str>,
-        kind: &str,
-        text: &str,
-    ) -> Result<()> {
+    fn insert(&self, severity: Severity, vm: Option<&str>, kind: &str, text: &str) -> Result<()> {
         let db = self.db.lock();
         db.execute(
             "INSERT INTO events(time_ms, level, vm, kind, text) VALUES (?1,?2,?3,?4,?5)",

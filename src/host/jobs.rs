@@ -209,21 +209,13 @@ fn encode(record: &JobView) -> Result<String> {
 impl Jobs {
     /// Jobs in `db`, at the times of `clock`.
     pub fn new(db: Arc<Database>, clock: Arc<dyn Clock>) -> Self {
-        Self(Arc::new(Shared {
-            db,
-            clock,
-            running: Mutex::new(BTreeMap::new()),
-            ended: Condvar::new(),
-        }))
+        Self(Arc::new(Shared { db, clock, running: Mutex::new(BTreeMap::new()), ended: Condvar::new() }))
     }
 
     /// A new running job with these steps.
     pub fn begin(&self, kind: &str, vm: Option<&str>, steps: &[&str]) -> Result<Arc<Job>> {
-        let step = |name: &&str| JobStep {
-            name: (*name).to_owned(),
-            state: JobState::Waiting,
-            note: String::new(),
-        };
+        let step =
+            |name: &&str| JobStep { name: (*name).to_owned(), state: JobState::Waiting, note: String::new() };
         let mut record = JobView {
             id: 0,
             kind: kind.to_owned(),
@@ -373,8 +365,7 @@ impl Jobs {
                 return Err(Error::new(ErrorKind::Busy, format!("job {id} is still at work"))
                     .hint(format!("afterimage job show {id}")));
             }
-            running =
-                self.0.ended.wait_timeout(running, left).unwrap_or_else(PoisonError::into_inner).0;
+            running = self.0.ended.wait_timeout(running, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(running);
         self.get(id)

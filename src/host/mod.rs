@@ -1,3 +1,9 @@
 //! Assembly: the daemon, its threads and jobs, and its API.
 
 pub mod api;
+pub mod config;
+pub mod db;
+pub mod events;
+pub mod jobs;
+pub mod policies;
+pub mod state;

@@ -80,7 +80,10 @@ impl Policies {
     pub fn load(path: PathBuf) -> Result<Self> {
         let mut by_name = BTreeMap::new();
         for (name, seconds) in [("30s", 30), ("5min", 300), ("15min", 900)] {
-            by_name.insert(name.to_owned(), Policy { preset: true, ..policy(name, Duration::from_secs(seconds)) });
+            by_name.insert(
+                name.to_owned(),
+                Policy { preset: true, ..policy(name, Duration::from_secs(seconds)) },
+            );
         }
         if let Some(bytes) = read_limited(&path, DOCUMENT_BYTES_MAX)? {
             let damaged = |e: serde_json::Error| {
@@ -119,13 +122,17 @@ impl Policies {
         check(&policy)?;
         let mut by_name = self.lock();
         if by_name.get(&policy.name).is_some_and(|p| p.preset) {
-            return Err(Error::new(ErrorKind::Refused, format!("policy {:?} cannot be changed", policy.name))
-                .why("it comes with the program")
-                .hint("make one of your own: afterimage policy set NAME --interval 10s"));
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("policy {:?} cannot be changed", policy.name),
+            )
+            .why("it comes with the program")
+            .hint("make one of your own: afterimage policy set NAME --interval 10s"));
         }
         let mut next = by_name.clone();
         next.insert(policy.name.clone(), policy);
-        let file = File { format: FILE_FORMAT, policies: next.values().filter(|p| !p.preset).cloned().collect() };
+        let file =
+            File { format: FILE_FORMAT, policies: next.values().filter(|p| !p.preset).cloned().collect() };
         let bytes = serde_json::to_vec_pretty(&file)
             .map_err(|e| Error::new(ErrorKind::Internal, "policies cannot be written").source(e))?;
         write_atomic(&self.path, &bytes)?;

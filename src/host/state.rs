@@ -33,8 +33,7 @@ impl StateDir {
     /// The folder at `root`, which is not touched. A relative path is taken from the working
     /// folder once, so that the daemon may change it.
     pub fn at(root: &Path) -> Result<Self> {
-        let root =
-            std::path::absolute(root).context(|| format!("cannot use {} as state", root.display()))?;
+        let root = std::path::absolute(root).context(|| format!("cannot use {} as state", root.display()))?;
         Ok(Self { root })
     }
 
