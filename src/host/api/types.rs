@@ -285,9 +285,10 @@ pub struct Policy {
     pub interval_ms: u64,
     /// Which points to keep.
     pub keep: Keep,
-    /// Health is Warning when the RPO is older; 0: three intervals, at least 10 s.
-    #[serde(default)]
-    pub rpo_alert_ms: u64,
+    /// RPO in intervals at which health is Warning.
+    pub warning_intervals: u32,
+    /// RPO in intervals at which health is Critical.
+    pub critical_intervals: u32,
     /// Comes with the program and cannot be changed.
     #[serde(default)]
     pub preset: bool,
@@ -323,9 +324,12 @@ pub struct PolicySetRequest {
     /// Daily points.
     #[serde(default)]
     pub keep_daily: Option<u32>,
-    /// See [`Policy::rpo_alert_ms`].
+    /// See [`Policy::warning_intervals`].
     #[serde(default)]
-    pub rpo_alert_ms: Option<u64>,
+    pub warning_intervals: Option<u32>,
+    /// See [`Policy::critical_intervals`].
+    #[serde(default)]
+    pub critical_intervals: Option<u32>,
 }
 
 // ---- status ----
@@ -855,6 +859,9 @@ pub struct EventView {
     pub kind: String,
     /// One sentence.
     pub text: String,
+    /// What to type next.
+    #[serde(default)]
+    pub hint: Option<String>,
 }
 
 /// Writes marks out to the HRLs.
