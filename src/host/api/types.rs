@@ -285,10 +285,9 @@ pub struct Policy {
     pub interval_ms: u64,
     /// Which points to keep.
     pub keep: Keep,
-    /// RPO in intervals at which health is Warning.
-    pub warning_intervals: u32,
-    /// RPO in intervals at which health is Critical.
-    pub critical_intervals: u32,
+    /// Health is Warning when the RPO is older; 0: three intervals, at least 10 s.
+    #[serde(default)]
+    pub rpo_alert_ms: u64,
     /// Comes with the program and cannot be changed.
     #[serde(default)]
     pub preset: bool,
@@ -324,12 +323,9 @@ pub struct PolicySetRequest {
     /// Daily points.
     #[serde(default)]
     pub keep_daily: Option<u32>,
-    /// See [`Policy::warning_intervals`].
+    /// See [`Policy::rpo_alert_ms`].
     #[serde(default)]
-    pub warning_intervals: Option<u32>,
-    /// See [`Policy::critical_intervals`].
-    #[serde(default)]
-    pub critical_intervals: Option<u32>,
+    pub rpo_alert_ms: Option<u64>,
 }
 
 // ---- status ----
@@ -859,9 +855,6 @@ pub struct EventView {
     pub kind: String,
     /// One sentence.
     pub text: String,
-    /// What to type next.
-    #[serde(default)]
-    pub hint: Option<String>,
 }
 
 /// Writes marks out to the HRLs.
