@@ -7,3 +7,4 @@ pub mod base;
 pub mod core;
 pub mod format;
 pub mod host;
+pub mod ship;

@@ -97,7 +97,9 @@ pub trait Source: Send + Sync {
     /// Bytes marked in the current epoch.
     fn marked_bytes(&self) -> u64;
 
-    /// All pending blocks (see the module documentation).
+    /// All pending blocks (see the module documentation). They grow only by cuts, give-ups and
+    /// [`Source::ship_whole`]: whatever else makes a block unequal to the vault (a write, an error
+    /// of a sync, T9) marks it in the current epoch, so that a block read live stays right.
     fn pending(&self) -> BlocksByDisk;
 
     /// Ends the current epoch (T1) for all disks at once and begins the next. `unmade`: pending
@@ -110,7 +112,9 @@ pub trait Source: Send + Sync {
     /// not yet after `patience`. `Some`: the cut with its final sizes.
     fn drain(&self, patience: Duration) -> Result<Option<Cut>>;
 
-    /// Blocks of the frozen epoch. Only after [`Source::drain`].
+    /// Blocks of the epoch that the last cut ended: still frozen, given up since, or cut
+    /// [`CutKind::Live`] (whatever was read of them before that cut is stale). Only after
+    /// [`Source::drain`]; after a restart, only if the epoch is still frozen.
     fn frozen_blocks(&self) -> BlocksByDisk;
 
     /// Reads blocks of the frozen epoch as of the cut (T3, and T4 for those read before).
@@ -125,6 +129,14 @@ pub trait Source: Send + Sync {
     /// The parts of `blocks` that the lower file says are data; the rest are holes.
     fn data_blocks(&self, disk: DiskId, blocks: std::ops::Range<u64>) -> Result<ExtentSet>;
 
+    /// The parts of `blocks` (of the frozen epoch) that were holes at the cut: those that the
+    /// lower file says are holes and that are, asked *after* that, neither preserved nor read
+    /// before. The default knows none: everything is read, and zeros are found by looking.
+    fn frozen_holes(&self, disk: DiskId, blocks: std::ops::Range<u64>) -> Result<ExtentSet> {
+        let _ = (disk, blocks);
+        Ok(ExtentSet::new())
+    }
+
     /// Whether the frozen epoch has given up its cut (T5: ask after the last read and before
     /// the commit).
     fn has_given_up(&self) -> bool;
@@ -138,6 +150,7 @@ pub trait Source: Send + Sync {
     fn acknowledge(&self, epoch: EpochNumber) -> Result<()>;
 
     /// Every disk becomes *whole*: the chain is broken, or the vault knows nothing of this VM.
+    /// Idempotent; a frozen epoch is given up first.
     fn ship_whole(&self, reason: &str) -> Result<()>;
 
     /// Figures of every disk.
