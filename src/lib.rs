@@ -7,4 +7,5 @@ pub mod base;
 pub mod core;
 pub mod format;
 pub mod host;
+pub mod machine;
 pub mod ship;

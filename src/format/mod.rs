@@ -3,3 +3,4 @@
 
 pub mod manifest;
 pub mod part;
+pub mod qcow2;
