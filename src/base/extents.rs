@@ -158,7 +158,9 @@ mod tests {
     proptest! {
         /// The set against the slow obvious one: a vector of booleans.
         #[test]
-        fn equals_a_vector_of_booleans(ops in prop::collection::vec((any::<bool>(), 0u64..64, 0u64..20), 0..60)) {
+        fn equals_a_vector_of_booleans(
+            ops in prop::collection::vec((any::<bool>(), 0u64..64, 0u64..20), 0..60)
+        ) {
             let mut set = ExtentSet::new();
             let mut twin = [false; 100];
             for (add, start, length) in ops {
