@@ -174,8 +174,11 @@ impl Frame {
     /// Fills `content` (of [`Frame::length`] bytes) from the stored bytes, which are verified.
     pub fn decode_content(&self, stored: &[u8], content: &mut [u8]) -> Result<()> {
         let damaged = |why: &str| {
-            Error::new(ErrorKind::Damaged, format!("disk {} at byte {} cannot be read", self.disk, self.offset))
-                .why(why)
+            Error::new(
+                ErrorKind::Damaged,
+                format!("disk {} at byte {} cannot be read", self.disk, self.offset),
+            )
+            .why(why)
         };
         if content.len() as u64 != self.length {
             return Err(Error::new(ErrorKind::Internal, "a frame was read into a buffer of another length"));

@@ -207,7 +207,8 @@ impl<'a> PartReader<'a> {
         if length > PART_BYTES_MAX {
             return Err(damaged("it is longer than a part can be"));
         }
-        if FramesKind::of_header(bytes) != Some(FramesKind::Part) || bytes.len() < HEADER_BYTES + FOOTER_BYTES {
+        if FramesKind::of_header(bytes) != Some(FramesKind::Part) || bytes.len() < HEADER_BYTES + FOOTER_BYTES
+        {
             return Err(damaged("it does not begin like one"));
         }
         let footer = bytes.get(bytes.len() - FOOTER_BYTES..).unwrap_or_default();
