@@ -9,3 +9,4 @@ pub mod format;
 pub mod host;
 pub mod machine;
 pub mod ship;
+pub mod tracker;

@@ -2,6 +2,7 @@
 //! order. Decoders bound before they allocate, and give unverified data a type of its own.
 
 pub mod frames;
+pub mod hrl;
 pub mod manifest;
 pub mod part;
 pub mod qcow2;
