@@ -1,0 +1,13 @@
+//! The whole product: real daemons, real mounts, real guests.
+//!
+//! Each file is one promise, in the short form that CI runs; `scripts/long NAME` runs the full
+//! count of the same code.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../load/mod.rs"]
+mod load;
+
+mod cuts;
+mod kills;
+mod whole_disks;
