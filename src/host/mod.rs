@@ -3,6 +3,7 @@
 pub mod api;
 pub mod config;
 pub mod db;
+pub mod doctor;
 pub mod events;
 pub mod jobs;
 pub mod policies;

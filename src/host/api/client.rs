@@ -1,5 +1,6 @@
 //! Asks the daemon: one connection per call, from ordinary blocking code.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::commands::Call;
 use super::socket::Address;
@@ -59,6 +61,13 @@ impl Client {
     /// Makes a call and waits for the answer, however long it takes.
     pub fn call<C: Call>(&self, request: &C) -> Result<C::Reply> {
         self.runtime.block_on(self.ask(request))
+    }
+
+    /// From now on Ctrl-C no longer ends the program; it is told here.
+    pub fn interrupts(&self) -> Result<Interrupts<'_>> {
+        let _inside = self.runtime.enter();
+        let signal = signal(SignalKind::interrupt()).context(|| "cannot listen for Ctrl-C")?;
+        Ok(Interrupts { runtime: &self.runtime, signal: RefCell::new(signal) })
     }
 
     async fn ask<C: Call>(&self, request: &C) -> Result<C::Reply> {
@@ -113,6 +122,22 @@ impl Client {
         Error::new(ErrorKind::NoDaemon, "the daemon does not run")
             .why(format!("nobody answers on {}: {cause}", self.socket.display()))
             .hint("systemctl start afterimage, or any command that needs it: afterimage mount DIR")
+    }
+}
+
+/// Ctrl-C as a value.
+pub struct Interrupts<'a> {
+    runtime: &'a Runtime,
+    signal: RefCell<Signal>,
+}
+
+impl Interrupts<'_> {
+    /// Waits; `true`: Ctrl-C was typed, `false`: not within `patience`.
+    pub fn arrive_within(&self, patience: Duration) -> bool {
+        self.runtime.block_on(async {
+            let mut signal = self.signal.borrow_mut();
+            tokio::time::timeout(patience, signal.recv()).await.is_ok()
+        })
     }
 }
 
