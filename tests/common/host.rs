@@ -134,7 +134,7 @@ impl Host {
 
     /// Any command starts the daemon again, which restores its mounts.
     pub fn restart(&self) {
-        self.json(&["status"]);
+        self.run(&["start"]);
     }
 
     /// A clean stop.

@@ -3,19 +3,21 @@
 //! - [`Scratch`]: a folder whose mounts, loop devices and files end with it;
 //! - [`Host`]: one daemon with a state folder of its own, and the command line that speaks to it;
 //! - [`Volume`]: a file system on a loop device;
-//! - [`Guest`]: QEMU on the small guest of `scripts/guest`;
+//! - [`Guest`]: QEMU on the small guest of `scripts/guest`, [`Qmp`]: its monitor;
 //! - [`Watchdog`]: names a test that hangs, and ends its daemon so that the test ends too.
 //!
 //! Only processes that were started here are ended, each by its id.
 
 mod guest;
 mod host;
+mod qmp;
 mod scratch;
 mod volume;
 mod watchdog;
 
 pub use guest::Guest;
-pub use host::{Host, Output, Point};
+pub use host::Host;
+pub use qmp::Qmp;
 pub use scratch::Scratch;
 pub use volume::{Kind, Volume};
 pub use watchdog::Watchdog;

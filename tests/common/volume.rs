@@ -48,7 +48,11 @@ impl Volume {
     }
 
     pub fn mount(&self) {
-        run("mount", &[&self.device, text(&self.dir)]);
+        match self.kind {
+            Kind::Ext4 => run("mount", &["-t", "ext4", &self.device, text(&self.dir)]),
+            // A copy has the same UUID as the file system that it is a copy of.
+            Kind::Xfs => run("mount", &["-t", "xfs", "-o", "nouuid", &self.device, text(&self.dir)]),
+        };
     }
 
     pub fn unmount(&self) {

@@ -42,6 +42,7 @@ pub fn daemons_of(state: &Path) -> Vec<i32> {
         .filter(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             line.split(|b| *b == 0).any(|argument| argument == wanted.as_bytes())
+                && line.split(|b| *b == 0).any(|a| a == b"daemon")
         })
         .collect()
 }

@@ -17,5 +17,4 @@ mod lanes;
 mod sector;
 
 pub use checker::Checker;
-pub use journal::Journal;
 pub use lanes::Load;

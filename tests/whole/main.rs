@@ -9,5 +9,9 @@ mod common;
 mod load;
 
 mod cuts;
+mod full;
+mod guest;
 mod kills;
+mod loops;
+mod snapshot;
 mod whole_disks;
