@@ -134,6 +134,11 @@ pub enum Command {
         #[arg(long, default_value_t = 50)]
         limit: u32,
     },
+    /// Print a file of afterimage in words (HRL, hot-region log, part, manifest, undo log, state)
+    Inspect {
+        /// The file; it is only read
+        file: PathBuf,
+    },
     /// Check this machine, with the line to type for each finding
     Doctor {
         /// Directories of disk images to check besides those that are mounted

@@ -18,6 +18,7 @@ mod daemon;
 mod doctor;
 mod follow;
 mod helper;
+mod inspect;
 mod journal;
 mod mounts;
 mod out;

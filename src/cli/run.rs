@@ -69,6 +69,7 @@ fn run(out: &Out, cli: Cli) -> Result<ExitCode> {
         Command::Jobs { limit } => journal::jobs(out, &reach, limit),
         Command::Job(command) => journal::job(out, &reach, command),
         Command::Events { vm, follow, limit } => journal::events(out, &reach, vm, follow, limit),
+        Command::Inspect { file } => return super::inspect::inspect(out, &reach, &file),
         Command::Doctor { dirs } => return super::doctor::doctor(out, &reach, &dirs),
         Command::Daemon { detached } => daemon::run(&reach, detached, cli.verbose),
         Command::Start => daemon::start(out, &reach),

@@ -5,6 +5,7 @@ pub mod config;
 pub mod db;
 pub mod doctor;
 pub mod events;
+pub mod inspect;
 pub mod jobs;
 pub mod policies;
 pub mod state;
