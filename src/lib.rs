@@ -6,6 +6,7 @@
 pub mod base;
 pub mod cli;
 pub mod core;
+pub mod filter;
 pub mod format;
 pub mod host;
 pub mod machine;

@@ -32,10 +32,7 @@ struct Free {
 
 impl<T> Default for Slab<T> {
     fn default() -> Self {
-        Self {
-            chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(),
-            free: Mutex::default(),
-        }
+        Self { chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(), free: Mutex::default() }
     }
 }
 

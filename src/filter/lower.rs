@@ -37,8 +37,6 @@ pub struct LowerFile {
 #[derive(Debug)]
 pub(super) struct Lower {
     root: File,
-    /// `st_dev` of the root.
-    pub(super) device: u64,
     /// The file system makes file handles, so that nodes need no descriptor each.
     pub(super) has_handles: bool,
     /// Keeps the detached mount alive; last, so that it goes last.
@@ -62,11 +60,9 @@ impl Lower {
         let tree = sys::clone_mount(&path).context(what)?;
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let root = File::from(openat(&tree, ".", flags, Mode::empty()).context(what)?);
-        let device = fstat(&root).context(what)?.st_dev;
-        let has_handles = sys::RawHandle::of(&root)
-            .and_then(|handle| handle.open(&root, libc::O_PATH))
-            .is_ok();
-        Ok(Self { root, device, has_handles, _tree: tree })
+        let has_handles =
+            sys::RawHandle::of(&root).and_then(|handle| handle.open(&root, libc::O_PATH)).is_ok();
+        Ok(Self { root, has_handles, _tree: tree })
     }
 
     pub(super) fn root(&self) -> &File {

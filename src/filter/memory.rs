@@ -10,11 +10,14 @@ use nix::errno::Errno;
 use crate::base::error::Context;
 use crate::base::{Error, ErrorKind, Result};
 
+/// From `linux/prctl.h`, Linux 5.6.
+const PR_SET_IO_FLUSHER: i32 = 57;
+
 /// Marks this process as part of a block I/O path (PR_SET_IO_FLUSHER): its allocations never
 /// wait for writeback. Inherited by threads made later.
 pub fn become_io_flusher() -> Result<()> {
     // SAFETY: prctl with plain integers.
-    let rc = unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    let rc = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
     Errno::result(rc).map(drop).context(|| "the daemon cannot mark itself as an I/O flusher")
 }
 
@@ -41,7 +44,6 @@ pub fn raise_descriptor_limit() -> Result<u64> {
     }
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)
         .map_err(|e| Error::new(ErrorKind::Io, "the limit of open files is unknown").source(e))?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-        .context(|| "the limit of open files cannot be raised")?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context(|| "the limit of open files cannot be raised")?;
     Ok(hard)
 }

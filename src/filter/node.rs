@@ -100,8 +100,9 @@ impl Node {
     /// Opens it with these flags.
     pub(super) fn open(&self, lower: &Lower, flags: OFlag) -> Result<std::fs::File, Errno> {
         match &self.anchor {
-            Anchor::Root => openat(lower.root(), ".", flags | OFlag::O_CLOEXEC, Mode::empty())
-                .map(std::fs::File::from),
+            Anchor::Root => {
+                openat(lower.root(), ".", flags | OFlag::O_CLOEXEC, Mode::empty()).map(std::fs::File::from)
+            }
             _ => reopen(self.path(lower)?, flags),
         }
     }
@@ -209,10 +210,6 @@ impl Nodes {
     fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Entry>> {
         // `SHARDS` is a power of two, and the index is below it.
         lock(&self.shards[(id as usize) & (SHARDS - 1)])
-    }
-
-    pub(super) fn root(&self) -> &Arc<Node> {
-        &self.root
     }
 
     /// The node with this number. ESTALE: we know none.

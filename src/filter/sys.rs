@@ -114,14 +114,29 @@ pub(super) fn clone_mount(path: &CStr) -> Result<OwnedFd> {
 pub(super) fn read_directory(folder: impl AsFd, buffer: &mut [u8]) -> Result<usize> {
     // SAFETY: the kernel writes at most `len` bytes into the buffer.
     let rc = unsafe {
-        libc::syscall(
-            libc::SYS_getdents64,
-            folder.as_fd().as_raw_fd(),
-            buffer.as_mut_ptr(),
-            buffer.len(),
-        )
+        libc::syscall(libc::SYS_getdents64, folder.as_fd().as_raw_fd(), buffer.as_mut_ptr(), buffer.len())
     };
     Errno::result(rc).map(|n| n as usize)
+}
+
+/// copy_file_range; the number of bytes copied.
+pub(super) fn copy_range(
+    (from, mut from_offset): (impl AsFd, i64),
+    (to, mut to_offset): (impl AsFd, i64),
+    length: usize,
+) -> Result<u64> {
+    // SAFETY: two descriptors and two offsets that live through the call.
+    let rc = unsafe {
+        libc::copy_file_range(
+            from.as_fd().as_raw_fd(),
+            &raw mut from_offset,
+            to.as_fd().as_raw_fd(),
+            &raw mut to_offset,
+            length,
+            0,
+        )
+    };
+    Errno::result(rc).map(|n| n as u64)
 }
 
 /// The path under which `/proc` shows a descriptor. Calls on it reach the very file behind an
@@ -138,9 +153,8 @@ fn c_name(name: &OsStr) -> Result<CString> {
 pub(super) fn get_xattr(file: impl AsFd, name: &OsStr, buffer: &mut [u8]) -> Result<usize> {
     let (path, name) = (proc_path(file), c_name(name)?);
     // SAFETY: valid C strings; the kernel writes at most `len` bytes.
-    let rc = unsafe {
-        libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len())
-    };
+    let rc =
+        unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
     Errno::result(rc).map(|n| n as usize)
 }
 
@@ -148,9 +162,8 @@ pub(super) fn get_xattr(file: impl AsFd, name: &OsStr, buffer: &mut [u8]) -> Res
 pub(super) fn set_xattr(file: impl AsFd, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
     let (path, name) = (proc_path(file), c_name(name)?);
     // SAFETY: valid C strings; the kernel reads `len` bytes.
-    let rc = unsafe {
-        libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags)
-    };
+    let rc =
+        unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags) };
     Errno::result(rc).map(drop)
 }
 
@@ -228,8 +241,7 @@ pub(super) fn loop_backing(device: impl AsFd) -> Result<(u64, u64)> {
     const LOOP_GET_STATUS64: u32 = 0x4C05;
     let mut data = [0u8; 256];
     // SAFETY: struct loop_info64 has 232 bytes, fewer than the buffer.
-    let rc =
-        unsafe { libc::ioctl(device.as_fd().as_raw_fd(), LOOP_GET_STATUS64 as _, data.as_mut_ptr()) };
+    let rc = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), LOOP_GET_STATUS64 as _, data.as_mut_ptr()) };
     Errno::result(rc)?;
     let word = |at: usize| {
         u64::from_ne_bytes(std::array::from_fn(|i| data.get(at + i).copied().unwrap_or_default()))

@@ -61,4 +61,10 @@ pub enum NameEvent {
 pub trait NameWatcher: Send + Sync {
     /// `event` has happened below the mount with this root (as given to `mount`).
     fn on_name_event(&self, event: &NameEvent);
+
+    /// The folder holds nothing but files of ours and is about to be removed, they with it.
+    /// `false`: one of them is still needed, so the folder stays (ENOTEMPTY).
+    fn may_remove_ours(&self, _folder: &std::path::Path) -> bool {
+        true
+    }
 }

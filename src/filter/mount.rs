@@ -1,0 +1,303 @@
+//! The mount: over the directory itself or elsewhere.
+//!
+//! The lower directory is opened first and kept; then `/dev/fuse` is opened and mounted, and
+//! several event loops serve that one descriptor. So files keep their paths when the mount is
+//! over its own directory, and nothing of ours ever goes through it.
+//!
+//! Killed here: a mount without a daemon stays, every call on it is ENOTCONN, and the next start
+//! removes it ([`super::clear_dead_mount`]). Removed from outside by plain `umount`: the loops
+//! end, and so does [`Mount::wait`].
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+
+use super::adapter::Adapter;
+use super::holders::{Holder, files_below, holders_of_device, holders_of_files};
+use super::lower::LowerFile;
+use super::mountinfo::{MOUNT_TYPE, clear_dead_mount, refuse_shared, top_mount};
+use super::node::lock;
+use super::ops::Filter;
+use crate::base::error::Context;
+use crate::base::{Error, ErrorKind, FileKey, Result};
+use crate::core::ports::names::NameWatcher;
+
+/// Event loops of one mount. More than cores, since each waits for the lower file system.
+const LOOPS: usize = 8;
+
+/// What to mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountSpec {
+    /// The lower directory.
+    pub source: PathBuf,
+    /// Where it is to be seen; the same directory to mount over itself.
+    pub dir: PathBuf,
+    /// The operator says that no other host writes there.
+    pub single_host: bool,
+    /// Options as after `mount -o`: `ro`, `nosuid`, `nodev`, `noexec`, `noatime`, `relatime`;
+    /// `rw`, `defaults`, `allow_other`, `default_permissions` and the words of fstab mean nothing
+    /// here.
+    pub options: Vec<String>,
+}
+
+/// A mounted filter. It stays mounted when this is dropped; see [`Mount::unmount`].
+pub struct Mount {
+    spec: MountSpec,
+    filter: Arc<Filter>,
+    /// `st_dev` of the mount.
+    device: u64,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    has_ended: Mutex<bool>,
+    ended: Condvar,
+}
+
+/// Options that say nothing to the kernel about this mount.
+const IGNORED_OPTIONS: &[&str] = &[
+    "",
+    "rw",
+    "defaults",
+    "allow_other",
+    "default_permissions",
+    "auto",
+    "noauto",
+    "nofail",
+    "_netdev",
+    "user",
+    "nouser",
+    "suid",
+    "dev",
+    "exec",
+    "atime",
+    "async",
+    "single_host",
+    "nonempty",
+];
+
+fn mount_flags(options: &[String], lower: &File) -> Result<MsFlags> {
+    let mut flags = MsFlags::empty();
+    for option in options.iter().flat_map(|o| o.split(',')) {
+        flags |= match option {
+            "ro" => MsFlags::MS_RDONLY,
+            "nosuid" => MsFlags::MS_NOSUID,
+            "nodev" => MsFlags::MS_NODEV,
+            "noexec" => MsFlags::MS_NOEXEC,
+            "noatime" => MsFlags::MS_NOATIME,
+            "nodiratime" => MsFlags::MS_NODIRATIME,
+            "relatime" => MsFlags::MS_RELATIME,
+            "strictatime" => MsFlags::MS_STRICTATIME,
+            "sync" => MsFlags::MS_SYNCHRONOUS,
+            "dirsync" => MsFlags::MS_DIRSYNC,
+            x if IGNORED_OPTIONS.contains(&x) || x.starts_with("x-") || x.starts_with("comment=") => {
+                MsFlags::empty()
+            }
+            other => {
+                return Err(Error::new(ErrorKind::Usage, format!("unknown mount option {other:?}"))
+                    .hint("leave it out; known are ro, nosuid, nodev, noexec, noatime, relatime, sync"));
+            }
+        };
+    }
+    // What the lower mount forbids stays forbidden.
+    let below = fstatvfs(lower).context(|| "the lower file system does not answer")?.flags();
+    for (has, flag) in [
+        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+    ] {
+        if below.contains(has) {
+            flags |= flag;
+        }
+    }
+    Ok(flags)
+}
+
+fn absolute(directory: &Path) -> Result<PathBuf> {
+    let path = directory.canonicalize().map_err(|e| {
+        let error = Error::io(format!("the directory {} cannot be opened", directory.display()), e);
+        error.hint("name a directory that exists, as in: afterimage mount /var/lib/libvirt/images")
+    })?;
+    if path.is_dir() {
+        return Ok(path);
+    }
+    Err(Error::new(ErrorKind::Usage, format!("{} is not a directory", directory.display()))
+        .hint("name the directory that holds the disk images"))
+}
+
+impl Mount {
+    /// Mounts and serves. A dead mount of ours at `dir` is removed first.
+    pub fn start(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Self> {
+        for directory in [&spec.source, &spec.dir] {
+            // A dead mount has no canonical form, since its root cannot be looked at.
+            clear_dead_mount(directory)?;
+        }
+        let spec = MountSpec { source: absolute(&spec.source)?, dir: absolute(&spec.dir)?, ..spec };
+        let what = || format!("the filter cannot be mounted over {}", spec.dir.display());
+        for directory in [&spec.source, &spec.dir] {
+            if clear_dead_mount(directory)? > 0 {
+                log::warn!("removed a mount over {} whose daemon is dead", directory.display());
+            }
+            if top_mount(directory)?.is_some_and(|m| m.kind == MOUNT_TYPE) {
+                return Err(Error::new(ErrorKind::Exists, what())
+                    .why(format!("a filter is mounted over {} already", directory.display()))
+                    .hint(format!("afterimage umount {}", directory.display())));
+            }
+        }
+        if !spec.single_host {
+            refuse_shared(&spec.source)?;
+        }
+        if let Err(e) = super::memory::raise_descriptor_limit() {
+            log::warn!("{e}");
+        }
+        let filter = Arc::new(Filter::over(&spec.source)?);
+        filter.set_watcher(Some(watcher));
+        let flags = mount_flags(&spec.options, filter.lower.root())?;
+        let fuse = open_device().map_err(|e| {
+            e.hint("load the module, as in: modprobe fuse; in a container, pass /dev/fuse into it")
+        })?;
+        let data = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
+            fuse.as_raw_fd()
+        );
+        mount(Some(&spec.source), &spec.dir, Some(MOUNT_TYPE), flags, Some(data.as_str())).context(what)?;
+        let state = Arc::new(State::default());
+        let started = serve(&filter, fuse, &spec.dir, state.clone())
+            .and_then(|()| top_mount(&spec.dir))
+            .and_then(|top| top.ok_or_else(|| Error::new(ErrorKind::Io, what()).why("it is gone already")));
+        match started {
+            Ok(top) => {
+                log::info!("mounted {} over {}", spec.source.display(), spec.dir.display());
+                Ok(Self { spec, filter, device: top.device, state })
+            }
+            Err(e) => {
+                let _ = umount2(&spec.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+                Err(e)
+            }
+        }
+    }
+
+    /// What is mounted; paths absolute and without links.
+    pub fn spec(&self) -> &MountSpec {
+        &self.spec
+    }
+
+    /// The operations behind the mount: attach and detach disks there.
+    pub fn filter(&self) -> &Arc<Filter> {
+        &self.filter
+    }
+
+    /// The root of the lower directory; descriptor-relative calls on it never meet the mount.
+    pub fn root(&self) -> &File {
+        self.filter.lower.root()
+    }
+
+    /// See [`Filter::resolve`]. `relative` is the path in the mounted view, without links.
+    pub fn resolve(&self, relative: &Path) -> Result<LowerFile> {
+        self.filter.resolve(relative)
+    }
+
+    /// Who has this file open, or mapped, or behind a loop device, beneath the mount: not through
+    /// it, so that its writes are not seen. This process is not counted.
+    pub fn holders(&self, file: FileKey) -> Vec<Holder> {
+        holders_of_files(|key| key == file).into_iter().map(|(_, holder)| holder).collect()
+    }
+
+    /// Every file below the lower directory that is open beneath the mount, by its path relative
+    /// to the root, with its holders.
+    pub fn open_beneath(&self) -> Vec<(PathBuf, Holder)> {
+        let files = files_below(&self.filter.lower);
+        let held = holders_of_files(|key| files.contains_key(&key));
+        let mut found: Vec<_> =
+            held.into_iter().filter_map(|(key, holder)| Some((files.get(&key)?.clone(), holder))).collect();
+        found.sort_by(|a, b| a.0.cmp(&b.0));
+        found
+    }
+
+    /// Who has anything below the mount open.
+    pub fn users(&self) -> Vec<Holder> {
+        holders_of_device(self.device)
+    }
+
+    /// Removes the mount and waits until it is served no more. Refused while files are in use,
+    /// saying by whom; `lazy` takes the name away at once and serves what is open to its end.
+    pub fn unmount(&self, lazy: bool) -> Result<()> {
+        let what = || format!("{} cannot be unmounted", self.spec.dir.display());
+        if self.has_ended() {
+            return Ok(());
+        }
+        if top_mount(&self.spec.dir)?.is_none_or(|top| top.device != self.device) {
+            return Err(Error::new(ErrorKind::Refused, what())
+                .why("something else is mounted over it")
+                .hint(format!("umount {}", self.spec.dir.display())));
+        }
+        let detach = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+        match umount2(&self.spec.dir, detach | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) if lazy => Ok(()),
+            Ok(()) => {
+                self.wait();
+                Ok(())
+            }
+            Err(Errno::EBUSY) => {
+                let users: Vec<String> = self.users().iter().map(Holder::to_string).collect();
+                let why = match users.is_empty() {
+                    true => "it is in use, by a mount or by the kernel".to_owned(),
+                    false => format!("it is in use: {}", users.join("; ")),
+                };
+                Err(Error::new(ErrorKind::Refused, what())
+                    .why(why)
+                    .hint("end them, or shut down the guests, and try again"))
+            }
+            Err(e) => Err(Error::io(what(), e.into())),
+        }
+    }
+
+    /// Whether the mount is served no more.
+    pub fn has_ended(&self) -> bool {
+        *lock(&self.state.has_ended)
+    }
+
+    /// Waits until the mount is served no more: unmounted by us or from outside, and nothing of
+    /// it open.
+    pub fn wait(&self) {
+        let mut ended = lock(&self.state.has_ended);
+        while !*ended {
+            ended = self.state.ended.wait(ended).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+fn open_device() -> Result<OwnedFd> {
+    let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    fuse.map(OwnedFd::from).context(|| "/dev/fuse cannot be opened")
+}
+
+/// Shakes hands with the kernel and starts the event loops.
+fn serve(filter: &Arc<Filter>, fuse: OwnedFd, directory: &Path, state: Arc<State>) -> Result<()> {
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(LOOPS);
+    let adapter = Adapter::new(filter.clone(), LOOPS);
+    let session = fuser::Session::from_fd(adapter, fuse, fuser::SessionACL::All, config)
+        .context(|| "the kernel does not speak FUSE as expected")?;
+    let directory = directory.display().to_string();
+    let body = move || {
+        match session.run() {
+            Ok(()) => log::info!("{directory} is unmounted"),
+            Err(e) => log::error!("{directory} is served no more: {e}"),
+        }
+        *lock(&state.has_ended) = true;
+        state.ended.notify_all();
+    };
+    std::thread::Builder::new()
+        .name("filter".to_owned())
+        .spawn(body)
+        .map(drop)
+        .context(|| "no thread for the filter")
+}
