@@ -12,3 +12,4 @@ pub mod host;
 pub mod machine;
 pub mod ship;
 pub mod tracker;
+pub mod view;

@@ -4,5 +4,6 @@
 pub mod frames;
 pub mod hrl;
 pub mod manifest;
+pub mod overlay;
 pub mod part;
 pub mod qcow2;
