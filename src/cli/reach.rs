@@ -9,10 +9,10 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::base::error::Context;
-use crate::base::{Error, ErrorKind, Result};
+use crate::base::{Clock, Error, ErrorKind, Result, SystemClock};
 use crate::host::api::Client;
 use crate::host::state::{STATE_DIR_DEFAULT, StateDir};
 
@@ -114,7 +114,7 @@ impl Reach {
     }
 
     fn await_start(&self, client: Client, child: &mut Child, log_begin: u64) -> Result<Client> {
-        let deadline = Instant::now() + START_PATIENCE;
+        let clock = SystemClock::default();
         let mut exited = None;
         loop {
             match client.hello() {
@@ -131,7 +131,7 @@ impl Reach {
                     .hint(format!("see {}", self.state.log().display())));
             }
             exited = child.try_wait().context(|| "cannot wait for the daemon")?;
-            if Instant::now() > deadline {
+            if clock.monotonic() > START_PATIENCE {
                 return Err(Error::new(ErrorKind::NoDaemon, "the daemon does not answer yet")
                     .why(format!("it was started {} s ago (pid {})", START_PATIENCE.as_secs(), child.id()))
                     .hint(format!("see {}", self.state.log().display())));
@@ -174,11 +174,11 @@ impl Reach {
         if !status.success() {
             return Err(failed(format!("systemctl start afterimage: {status}")));
         }
-        let deadline = Instant::now() + START_PATIENCE;
+        let clock = SystemClock::default();
         loop {
             match client.hello() {
                 Ok(_) => return Ok(client),
-                Err(e) if Instant::now() > deadline => return Err(failed(e.to_string())),
+                Err(e) if clock.monotonic() > START_PATIENCE => return Err(failed(e.to_string())),
                 Err(_) => std::thread::sleep(LOOK_AGAIN),
             }
         }

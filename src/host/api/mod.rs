@@ -12,6 +12,7 @@
 
 pub mod client;
 pub mod commands;
+mod journal;
 pub mod server;
 mod socket;
 pub mod types;
