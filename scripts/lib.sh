@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts beside it: where things are, plain messages, refusals in three lines.
 # To be sourced by bash; sets $top (the checkout) and $target (cargo's output).
 
@@ -35,10 +36,10 @@ wait_for() {
 
 # stop_pid PID: ends a process that we started, politely and then for certain, and reaps it.
 stop_pid() {
-    local pid=$1 i
+    local pid=$1
     [ -n "$pid" ] || return 0
     kill "$pid" 2>/dev/null || { wait "$pid" 2>/dev/null || true; return 0; }
-    for i in $(seq 50); do
+    for _ in $(seq 50); do
         kill -0 "$pid" 2>/dev/null || break
         sleep 0.1
     done

@@ -152,6 +152,17 @@ impl Host {
         format!("the daemon's log ends with:\n{}\n", lines[from..].join("\n"))
     }
 
+    /// The maps in shared memory go with the power, not with the daemon; here the state folder that
+    /// they belong to goes.
+    fn forget_shared_memory(&self) {
+        let digest = afterimage::base::Digest::of(self.state.as_os_str().as_encoded_bytes());
+        let prefix = format!("afterimage-{}-", digest.short());
+        let entries = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+        for entry in entries.filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+
     fn shut_down(&self) {
         let pids = daemons_of(&self.state);
         if pids.is_empty() {
@@ -178,5 +189,6 @@ impl Drop for Host {
             eprintln!("{}", self.log_tail());
         }
         self.shut_down();
+        self.forget_shared_memory();
     }
 }

@@ -18,7 +18,7 @@ mod watchdog;
 pub use guest::Guest;
 pub use host::Host;
 pub use qmp::Qmp;
-pub use scratch::Scratch;
+pub use scratch::{Scratch, unmount};
 pub use volume::{Kind, Volume};
 pub use watchdog::Watchdog;
 

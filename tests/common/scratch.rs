@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::watchdog::{kill_for_certain, programs_below};
+
 /// A folder below cargo's, on an ordinary file system.
 pub struct Scratch {
     path: PathBuf,
@@ -31,6 +33,8 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
+        // Daemons of a binary that was installed into the folder.
+        programs_below(&self.path).into_iter().for_each(kill_for_certain);
         for dir in mounts_below(&self.path).iter().rev() {
             unmount(dir);
         }
@@ -43,9 +47,10 @@ impl Drop for Scratch {
     }
 }
 
-/// Mount points at or below a folder, in the order in which they were mounted.
+/// Mount points at or below a folder, in the order in which they were mounted, as the calling
+/// thread sees them.
 pub fn mounts_below(folder: &Path) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))

@@ -47,6 +47,15 @@ pub fn daemons_of(state: &Path) -> Vec<i32> {
         .collect()
 }
 
+/// Processes whose program lies in a folder of a test.
+pub fn programs_below(folder: &Path) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.starts_with(folder)))
+        .collect()
+}
+
 /// Kills a process and waits until it is gone.
 pub fn kill_for_certain(pid: i32) {
     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

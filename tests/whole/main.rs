@@ -13,5 +13,7 @@ mod full;
 mod guest;
 mod kills;
 mod loops;
+mod power;
+mod readme;
 mod snapshot;
 mod whole_disks;
