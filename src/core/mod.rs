@@ -4,6 +4,9 @@
 //! the production code. [`ports`] holds the traits through which one edge sees another: an edge
 //! uses only its own folder and the layers below, and the host puts them together.
 
+pub mod epoch;
 pub mod health;
 pub mod ports;
 pub mod retention;
+pub mod retry;
+pub mod schedule;
