@@ -134,7 +134,9 @@ impl Retry {
     /// What is due at `now`.
     pub fn due(&self, now: Duration) -> Due {
         match self.state {
-            State::Reconnecting { attempt_at, .. } | State::Failing { attempt_at, .. } if attempt_at <= now => {
+            State::Reconnecting { attempt_at, .. } | State::Failing { attempt_at, .. }
+                if attempt_at <= now =>
+            {
                 Due::Attempt
             }
             State::Failing { probe_at, .. } if probe_at <= now => Due::Probe,

@@ -1,14 +1,18 @@
 //! The thread `shipper:VM` and its handle.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Sender, bounded, unbounded};
 
 use crate::base::{BootId, Clock, Error, ErrorKind, Result, VmId, VmName};
 use crate::core::ports::source::Source;
 use crate::core::ports::vault::Vault;
+use crate::ship::driver::Driver;
+use crate::ship::engine::{Engine, Outside};
+use crate::ship::priority;
 use crate::ship::status::{ShipHooks, ShipObserver, ShipStatus, SyncReply};
 
 /// What a shipper is started with.
@@ -36,7 +40,7 @@ pub struct Shipper;
 
 /// What the handle asks of the thread.
 pub(super) enum Command {
-    Sync { reply: Sender<Result<SyncReply>> },
+    Sync { reply: Sender<Result<SyncReply>>, timeout: Duration },
     Pause,
     Resume,
     SetInterval(Duration),
@@ -57,32 +61,18 @@ impl Shipper {
     ) -> Result<ShipperHandle> {
         let (sender, receiver) = unbounded();
         let status = Arc::new(Mutex::new(ShipStatus::new(config.interval, config.paused)));
+        let interrupt = Arc::new(AtomicBool::new(false));
         let name = format!("shipper:{}", config.name);
+        let outside = Outside { source, vault, clock, observer, hooks };
+        let engine = Engine::new(config, outside, status.clone(), interrupt.clone())?;
         let thread = std::thread::Builder::new()
             .name(name)
-            .spawn(move || run(&receiver, (config, source, vault, clock, observer, hooks)))
+            .spawn(move || {
+                priority::yield_to_guests();
+                Driver::new(engine).run(&receiver);
+            })
             .map_err(|e| Error::io("the shipper's thread cannot be started", e))?;
-        Ok(ShipperHandle { sender, status, thread: Mutex::new(Some(thread)) })
-    }
-}
-
-type Parts = (
-    ShipperConfig,
-    Arc<dyn Source>,
-    Arc<dyn Vault>,
-    Arc<dyn Clock>,
-    Arc<dyn ShipObserver>,
-    Arc<dyn ShipHooks>,
-);
-
-fn run(receiver: &Receiver<Command>, _parts: Parts) {
-    for command in receiver {
-        match command {
-            Command::Stop => return,
-            Command::Sync { reply } => drop(reply),
-            Command::SetInterval(_) | Command::SetName(_) => {}
-            Command::Pause | Command::Resume | Command::Kick => {}
-        }
+        Ok(ShipperHandle { sender, status, interrupt, thread: Mutex::new(Some(thread)) })
     }
 }
 
@@ -90,6 +80,7 @@ fn run(receiver: &Receiver<Command>, _parts: Parts) {
 pub struct ShipperHandle {
     sender: Sender<Command>,
     status: Arc<Mutex<ShipStatus>>,
+    interrupt: Arc<AtomicBool>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -100,7 +91,7 @@ impl ShipperHandle {
     /// [`ErrorKind::Busy`] if it was not durable within `timeout` (delivery goes on).
     pub fn sync(&self, timeout: Duration) -> Result<SyncReply> {
         let (reply, answer) = bounded(1);
-        self.send(Command::Sync { reply })?;
+        self.send(Command::Sync { reply, timeout })?;
         match answer.recv_timeout(timeout) {
             Ok(result) => result,
             Err(crossbeam_channel::RecvTimeoutError::Timeout) => {
@@ -114,6 +105,7 @@ impl ShipperHandle {
 
     /// Pauses delivery; a transfer under way ends at the next part. Tracking goes on.
     pub fn pause(&self) -> Result<()> {
+        self.interrupt.store(true, Ordering::Relaxed);
         self.send(Command::Pause)
     }
 
@@ -145,6 +137,7 @@ impl ShipperHandle {
     /// Stops at the next part boundary and waits for the thread. An unfinished epoch stays
     /// frozen and is resumed by the next shipper. Idempotent.
     pub fn stop(&self) {
+        self.interrupt.store(true, Ordering::Relaxed);
         let _ = self.sender.send(Command::Stop);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread

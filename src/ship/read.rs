@@ -1,0 +1,239 @@
+//! From sets of blocks to parts in memory: what to read, and what is only a hole.
+//!
+//! The work is proportional to the blocks of the set, never to the size of the disk: runs are
+//! taken one after the other, long ones in windows in which the lower file is asked for its data.
+//! What cannot be read is never sent as zeros (T9): the part fails, and names disk and offset.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::base::limits::PART_BYTES;
+use crate::base::{BLOCK_BYTES, DiskId, Error, ErrorKind, ExtentSet, Result};
+use crate::core::ports::source::{BlocksByDisk, Source};
+use crate::format::part::{PartBuilder, PartName};
+
+/// Blocks of one read: 1 MiB.
+const READ_BLOCKS: u64 = (1 << 20) / BLOCK_BYTES;
+/// Runs shorter than this are read without asking for holes: zeros are found by looking.
+const ASK_HOLES_BLOCKS: u64 = 16;
+/// A window in which the lower file is asked for data: 4 GiB.
+const WINDOW_BLOCKS: u64 = (4 << 30) / BLOCK_BYTES;
+/// Pieces of one part.
+const PIECES_MAX: usize = 16 << 10;
+
+/// How blocks are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// As they are now.
+    Live,
+    /// As of the cut.
+    Frozen,
+}
+
+/// What could not be read, and where, if a block is to blame.
+pub(super) struct ReadFault {
+    /// Names the disk and the offset.
+    pub(super) error: Error,
+    /// The block.
+    pub(super) place: Option<(DiskId, u64)>,
+}
+
+/// A run of blocks of one part.
+struct Piece {
+    disk: DiskId,
+    blocks: Range<u64>,
+    is_hole: bool,
+}
+
+/// A part that is read and not packed yet.
+pub(super) struct RawPart {
+    pieces: Vec<Piece>,
+    /// Content of the pieces that are no holes, one after the other.
+    data: Vec<u8>,
+}
+
+/// A part in memory, ready to be put.
+pub(super) struct Packed {
+    /// Its name; the sequence is given when it is put.
+    pub(super) name: PartName,
+    /// Its bytes.
+    pub(super) bytes: Vec<u8>,
+    /// What it holds.
+    pub(super) blocks: BlocksByDisk,
+    /// Bytes of data and zeros.
+    pub(super) data_bytes: u64,
+    /// Bytes of holes, by disk.
+    pub(super) hole_bytes: BTreeMap<DiskId, u64>,
+}
+
+/// Reads a set of blocks, part by part.
+pub(super) struct Reader {
+    source: Arc<dyn Source>,
+    mode: Mode,
+    /// For error messages.
+    names: BTreeMap<DiskId, PathBuf>,
+    /// What is left, by disk; the first run begins at `position` of the first one.
+    work: VecDeque<(DiskId, ExtentSet)>,
+    position: u64,
+    /// Pieces of the current window.
+    pieces: VecDeque<Piece>,
+}
+
+impl Reader {
+    /// A reader of `blocks`.
+    pub(super) fn new(
+        source: Arc<dyn Source>,
+        mode: Mode,
+        names: BTreeMap<DiskId, PathBuf>,
+        blocks: BlocksByDisk,
+    ) -> Self {
+        let work = blocks.into_iter().collect();
+        Self { source, mode, names, work, position: 0, pieces: VecDeque::new() }
+    }
+
+    /// The next part; none at the end, or when `cancel` is set.
+    pub(super) fn next(&mut self, cancel: &AtomicBool) -> Result<Option<RawPart>, ReadFault> {
+        let mut part = RawPart { pieces: Vec::new(), data: Vec::new() };
+        while (part.data.len() as u64) < PART_BYTES && part.pieces.len() < PIECES_MAX {
+            if cancel.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let Some(piece) = self.next_piece()? else { break };
+            if !piece.is_hole {
+                self.read(&piece, &mut part.data)?;
+            }
+            part.pieces.push(piece);
+        }
+        Ok((!part.pieces.is_empty()).then_some(part))
+    }
+
+    /// The next piece: a hole of any length, or data of at most one read.
+    fn next_piece(&mut self) -> Result<Option<Piece>, ReadFault> {
+        while self.pieces.is_empty() {
+            let Some((disk, window)) = self.next_window() else { return Ok(None) };
+            let data = self.data_in(disk, &window)?;
+            for hole in data.gaps(window) {
+                self.pieces.push_back(Piece { disk, blocks: hole, is_hole: true });
+            }
+            for blocks in data.iter() {
+                self.pieces.push_back(Piece { disk, blocks, is_hole: false });
+            }
+        }
+        let Some(mut piece) = self.pieces.pop_front() else { return Ok(None) };
+        let split = piece.blocks.start + READ_BLOCKS;
+        if !piece.is_hole && piece.blocks.end > split {
+            let rest = split..piece.blocks.end;
+            piece.blocks.end = split;
+            self.pieces.push_front(Piece { disk: piece.disk, blocks: rest, is_hole: false });
+        }
+        Ok(Some(piece))
+    }
+
+    fn next_window(&mut self) -> Option<(DiskId, Range<u64>)> {
+        loop {
+            let (disk, set) = self.work.front()?;
+            let disk = *disk;
+            let run = set.overlaps(self.position..u64::MAX).next();
+            let Some(run) = run else {
+                self.work.pop_front();
+                self.position = 0;
+                continue;
+            };
+            let end = run.end.min(run.start.saturating_add(WINDOW_BLOCKS));
+            self.position = end;
+            return Some((disk, run.start..end));
+        }
+    }
+
+    /// The blocks of a window that have to be read.
+    fn data_in(&self, disk: DiskId, window: &Range<u64>) -> Result<ExtentSet, ReadFault> {
+        let all = || ExtentSet::from_iter([window.clone()]);
+        if window.end - window.start < ASK_HOLES_BLOCKS {
+            return Ok(all());
+        }
+        let fault = |error| ReadFault { error, place: None };
+        match self.mode {
+            Mode::Live => {
+                let data = self.source.data_blocks(disk, window.clone()).map_err(fault)?;
+                Ok(data.overlaps(window.clone()).collect())
+            }
+            Mode::Frozen => {
+                let mut data = all();
+                data.subtract(&self.source.frozen_holes(disk, window.clone()).map_err(fault)?);
+                Ok(data)
+            }
+        }
+    }
+
+    fn read(&self, piece: &Piece, data: &mut Vec<u8>) -> Result<(), ReadFault> {
+        let start = data.len();
+        data.resize(start + ((piece.blocks.end - piece.blocks.start) * BLOCK_BYTES) as usize, 0);
+        let buffer = data.get_mut(start..).unwrap_or_default();
+        match self.read_blocks(piece.disk, piece.blocks.clone(), buffer) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == ErrorKind::Cancelled => Err(ReadFault { error: e, place: None }),
+            Err(e) => Err(self.locate(piece, e)),
+        }
+    }
+
+    fn read_blocks(&self, disk: DiskId, blocks: Range<u64>, buffer: &mut [u8]) -> Result<()> {
+        match self.mode {
+            Mode::Live => self.source.read_live(disk, blocks, buffer),
+            Mode::Frozen => self.source.read_frozen(disk, blocks, buffer),
+        }
+    }
+
+    /// Finds the first block that cannot be read.
+    fn locate(&self, piece: &Piece, mut error: Error) -> ReadFault {
+        let mut at = piece.blocks.start;
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        for b in piece.blocks.clone() {
+            if let Err(e) = self.read_blocks(piece.disk, b..b + 1, &mut block) {
+                (at, error) = (b, e);
+                break;
+            }
+        }
+        if error.kind() == ErrorKind::Cancelled {
+            return ReadFault { error, place: None };
+        }
+        let name = match self.names.get(&piece.disk) {
+            Some(path) => path.display().to_string(),
+            None => piece.disk.to_string(),
+        };
+        let hint = error.next_step().map_or_else(
+            || "look at the device of the disk (dmesg); delivery goes on once it can be read".to_owned(),
+            str::to_owned,
+        );
+        let kind = error.kind();
+        let why = error.to_string();
+        let what = format!("disk {name} cannot be read at offset {}", at.saturating_mul(BLOCK_BYTES));
+        ReadFault { error: Error::new(kind, what).why(why).hint(hint), place: Some((piece.disk, at)) }
+    }
+}
+
+/// Compresses and hashes a part. `attempt`: see [`PartName`].
+pub(super) fn pack(raw: &RawPart, attempt: u32) -> Result<Packed> {
+    let mut builder = PartBuilder::new();
+    let mut blocks = BlocksByDisk::new();
+    let mut hole_bytes = BTreeMap::new();
+    let (mut at, mut data_bytes) = (0usize, 0u64);
+    for piece in &raw.pieces {
+        let offset = piece.blocks.start * BLOCK_BYTES;
+        let length = (piece.blocks.end - piece.blocks.start) * BLOCK_BYTES;
+        if piece.is_hole {
+            builder.add_hole(piece.disk, offset, length)?;
+            *hole_bytes.entry(piece.disk).or_default() += length;
+        } else {
+            let end = at + length as usize;
+            builder.add_data(piece.disk, offset, raw.data.get(at..end).unwrap_or_default())?;
+            at = end;
+            data_bytes += length;
+        }
+        blocks.entry(piece.disk).or_insert_with(ExtentSet::new).insert(piece.blocks.clone());
+    }
+    let (name, bytes) = builder.finish(0, attempt);
+    Ok(Packed { name, bytes, blocks, data_bytes, hole_bytes })
+}
