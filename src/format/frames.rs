@@ -460,6 +460,14 @@ impl FrameIndex {
         Ok(Footer::decode(kind, footer, total)?.tail)
     }
 
+    /// Length of the file that has this tail; to be confirmed by [`Self::decode`].
+    pub fn total_of_tail(kind: FramesKind, tail: &[u8]) -> Result<u64> {
+        let at = tail.len().checked_sub(FOOTER_BYTES).map(|footer| footer + 16);
+        let place = at.and_then(|at| u64_at(tail, at));
+        let total = place.and_then(|place| place.checked_add(tail.len() as u64));
+        total.ok_or_else(|| kind.damaged("its end is missing or is not ours"))
+    }
+
     /// Reads the tail of a file (meta, index and footer) of `total` bytes.
     pub fn decode(kind: FramesKind, tail: &[u8], total: u64) -> Result<Self> {
         let short = || kind.damaged("it is too short");

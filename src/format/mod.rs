@@ -7,3 +7,5 @@ pub mod manifest;
 pub mod overlay;
 pub mod part;
 pub mod qcow2;
+pub mod undo;
+pub mod vaultstate;

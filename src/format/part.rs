@@ -174,6 +174,12 @@ impl PartIndex {
         FrameIndex::decode(FramesKind::Part, tail, length).map(Self)
     }
 
+    /// Reads a tail that was kept without its part; returns the length of the part as well.
+    pub fn decode_kept(tail: &[u8]) -> Result<(Self, u64)> {
+        let length = FrameIndex::total_of_tail(FramesKind::Part, tail)?;
+        Ok((Self::decode(tail, length)?, length))
+    }
+
     /// Every frame, by disk and offset; they never overlap.
     pub fn frames(&self) -> &[Frame] {
         self.0.frames()

@@ -1,0 +1,266 @@
+//! A disk of the vault: the sparse image and the checksums of its blocks.
+//!
+//! `.sums` has 8 bytes for each 4 KiB block; beyond its end, and in its holes, they are 0: zeros.
+//! The last block of a disk counts as if it were padded with zeros. Image and sums are written one
+//! after the other; while they differ, the undo log covers the block (A2), and a repeated apply
+//! writes both again.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::ops::Range;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+
+use super::layout::VmDir;
+use crate::base::digest::block_sum;
+use crate::base::error::Context;
+use crate::base::{BLOCK_BYTES, DiskId, Error, ErrorKind, Extent, Result};
+
+const BLOCK: usize = BLOCK_BYTES as usize;
+const SUM_BYTES: u64 = 8;
+const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Rounds up to whole blocks.
+pub(super) const fn block_end(offset: u64) -> u64 {
+    offset.div_ceil(BLOCK_BYTES) * BLOCK_BYTES
+}
+
+/// Rounds down to whole blocks.
+pub(super) const fn block_start(offset: u64) -> u64 {
+    offset / BLOCK_BYTES * BLOCK_BYTES
+}
+
+/// An open disk.
+pub(super) struct DiskFile {
+    pub id: DiskId,
+    image: File,
+    sums: File,
+}
+
+impl DiskFile {
+    /// Opens a disk; `create` makes it if there is none (the names are not synced).
+    pub fn open(dir: &VmDir, id: DiskId, create: bool) -> Result<Self> {
+        let open = |path: std::path::PathBuf| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(create).mode(0o600);
+            options.open(&path).context(|| format!("cannot open {}", path.display()))
+        };
+        Ok(Self { id, image: open(dir.disk(id))?, sums: open(dir.sums(id))? })
+    }
+
+    /// Opens a disk to read it.
+    pub fn open_existing(dir: &VmDir, id: DiskId) -> Result<Self> {
+        let open =
+            |path: std::path::PathBuf| File::open(&path).context(|| format!("cannot open {}", path.display()));
+        Ok(Self { id, image: open(dir.disk(id))?, sums: open(dir.sums(id))? })
+    }
+
+    fn what(&self, verb: &str) -> String {
+        format!("cannot {verb} disk {} of the vault", self.id)
+    }
+
+    /// Bytes of the image.
+    pub fn size(&self) -> Result<u64> {
+        Ok(self.image.metadata().context(|| self.what("stat"))?.len())
+    }
+
+    /// Bytes that the image takes.
+    pub fn allocated(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        Ok(self.image.metadata().context(|| self.what("stat"))?.blocks() * 512)
+    }
+
+    /// Writes whole blocks at `offset`, but nothing beyond `size`, and their sums.
+    pub fn write(&self, offset: u64, blocks: &[u8], size: u64) -> Result<()> {
+        let room = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let length = blocks.len().min(room);
+        let data = blocks.get(..length).unwrap_or_default();
+        self.image.write_all_at(data, offset).context(|| self.what("write"))?;
+        // What the end of the disk cuts off does not count.
+        let mut sums = Vec::with_capacity(blocks.len().div_ceil(BLOCK) * 8);
+        for block in data.chunks(BLOCK) {
+            sums.extend_from_slice(&padded_sum(block).to_le_bytes());
+        }
+        self.write_sums(offset, &sums)
+    }
+
+    fn write_sums(&self, offset: u64, sums: &[u8]) -> Result<()> {
+        let place = offset / BLOCK_BYTES * SUM_BYTES;
+        self.sums.write_all_at(sums, place).context(|| self.what("write the checksums of"))
+    }
+
+    /// Makes whole blocks a hole.
+    pub fn punch(&self, range: Range<u64>) -> Result<()> {
+        let size = self.size()?;
+        if range.start < block_end(size) {
+            punch(&self.image, range.start, range.end.min(block_end(size)), size)
+                .context(|| self.what("punch a hole in"))?;
+        }
+        let length = self.sums.metadata().context(|| self.what("stat"))?.len();
+        let from = range.start / BLOCK_BYTES * SUM_BYTES;
+        let to = (range.end / BLOCK_BYTES * SUM_BYTES).min(length);
+        if from < to {
+            punch(&self.sums, from, to, length).context(|| self.what("clear the checksums of"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the size. The block that the new end cuts gets its sum anew.
+    pub fn set_size(&self, size: u64) -> Result<()> {
+        let old = self.size()?;
+        self.image.set_len(size).context(|| self.what("set the size of"))?;
+        self.sums
+            .set_len(size.div_ceil(BLOCK_BYTES) * SUM_BYTES)
+            .context(|| self.what("set the size of the checksums of"))?;
+        if size < old && !size.is_multiple_of(BLOCK_BYTES) {
+            let mut block = vec![0; BLOCK];
+            self.read(block_start(size), &mut block)?;
+            self.write_sums(block_start(size), &block_sum(&block).to_le_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Reserves room for blocks that will be written, and for their sums.
+    pub fn reserve(&self, range: Range<u64>) -> Result<()> {
+        let place = range.start / BLOCK_BYTES * SUM_BYTES;
+        let sums = (range.end - range.start) / BLOCK_BYTES * SUM_BYTES;
+        for (file, at, length) in [(&self.image, range.start, range.end - range.start), (&self.sums, place, sums)]
+        {
+            let (at, length) = (at.cast_signed(), length.cast_signed());
+            match fallocate(file.as_fd(), FallocateFlags::FALLOC_FL_KEEP_SIZE, at, length) {
+                Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {}
+                Err(e) => return Err(e).context(|| self.what("reserve room in")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from `offset`; zeros beyond the end.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        read_padded(&self.image, offset, buffer).context(|| self.what("read"))
+    }
+
+    /// The sums of `count` blocks from the one at `offset`.
+    pub fn read_sums(&self, offset: u64, count: usize) -> Result<Vec<u64>> {
+        let mut bytes = vec![0; count * 8];
+        read_padded(&self.sums, offset / BLOCK_BYTES * SUM_BYTES, &mut bytes)
+            .context(|| self.what("read the checksums of"))?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect())
+    }
+
+    /// Offset of the first block in `blocks` (whole blocks from `offset`) that does not match.
+    pub fn first_damaged(offset: u64, blocks: &[u8], sums: &[u64]) -> Option<u64> {
+        let bad = blocks.chunks(BLOCK).zip(sums).position(|(block, sum)| padded_sum(block) != *sum);
+        bad.map(|n| offset + n as u64 * BLOCK_BYTES)
+    }
+
+    /// The error for a block that does not match.
+    pub fn damaged(&self, offset: u64) -> Error {
+        Error::new(ErrorKind::Damaged, format!("disk {} is damaged in the vault at byte {offset}", self.id))
+            .why("the block does not match its checksum")
+            .hint("check the disks of the vault, then: afterimage sync NAME --wait after rewriting the block, or restore an older point")
+    }
+
+    /// The first run of data at or after `offset`, in whole blocks; `None`: only holes.
+    pub fn next_data(&self, offset: u64) -> Result<Option<Extent>> {
+        let seek = |at: u64, whence| match lseek(self.image.as_fd(), at.cast_signed(), whence) {
+            Ok(found) => Ok(Some(found.cast_unsigned())),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(e) => Err(e).context(|| self.what("look for data in")),
+        };
+        let Some(start) = seek(offset, Whence::SeekData)? else { return Ok(None) };
+        let end = seek(start, Whence::SeekHole)?.unwrap_or(start);
+        let start = block_start(start).max(block_start(offset));
+        let length = block_end(end).max(start + BLOCK_BYTES) - start;
+        Ok(Some(Extent { offset: start, length }))
+    }
+
+    /// The first run of blocks at or after `offset` of which the image or the sums have something.
+    pub fn next_stored(&self, offset: u64) -> Result<Option<Extent>> {
+        let data = self.next_data(offset)?;
+        let place = offset / BLOCK_BYTES * SUM_BYTES;
+        let sums = match lseek(self.sums.as_fd(), place.cast_signed(), Whence::SeekData) {
+            Ok(found) => Some(found.cast_unsigned() / SUM_BYTES * BLOCK_BYTES),
+            Err(Errno::ENXIO) => None,
+            Err(e) => return Err(e).context(|| self.what("look for checksums of")),
+        };
+        // What the sums alone have is looked at block by block of theirs (2 MiB of disk).
+        let sums = sums.map(|at| Extent { offset: at.max(offset), length: BLOCK_BYTES * 512 });
+        Ok(match (data, sums) {
+            (Some(d), Some(s)) if s.offset < d.offset => {
+                Some(Extent { offset: s.offset, length: s.length.min(d.offset - s.offset) })
+            }
+            (Some(d), _) => Some(d),
+            (None, s) => s,
+        })
+    }
+
+    /// Free and total bytes of the file system below.
+    pub fn room(&self) -> Result<(u64, u64)> {
+        room(&self.image)
+    }
+
+    /// Makes image and sums durable.
+    pub fn sync(&self) -> Result<()> {
+        self.image.sync_all().and_then(|()| self.sums.sync_all()).context(|| self.what("sync"))
+    }
+}
+
+/// Sum of a block as if padded with zeros to 4 KiB.
+fn padded_sum(block: &[u8]) -> u64 {
+    if block.len() == BLOCK {
+        return block_sum(block);
+    }
+    let mut whole = [0; BLOCK];
+    for (to, from) in whole.iter_mut().zip(block) {
+        *to = *from;
+    }
+    block_sum(&whole)
+}
+
+fn read_padded(file: &File, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match file.read_at(buffer, offset) {
+            Ok(0) => {
+                buffer.fill(0);
+                break;
+            }
+            Ok(n) => {
+                offset += n as u64;
+                buffer = buffer.get_mut(n..).unwrap_or_default();
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Punches a hole, or writes zeros where the file system cannot.
+fn punch(file: &File, from: u64, to: u64, size: u64) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    match fallocate(file.as_fd(), flags, from.cast_signed(), (to - from).cast_signed()) {
+        Ok(()) => return Ok(()),
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let mut at = from;
+    while at < to.min(size) {
+        let length = (to.min(size) - at).min(ZEROS.len() as u64);
+        file.write_all_at(ZEROS.get(..length as usize).unwrap_or_default(), at)?;
+        at += length;
+    }
+    Ok(())
+}
+
+/// Free and total bytes of the file system that holds `file`.
+pub(super) fn room(file: &File) -> Result<(u64, u64)> {
+    let what = || format!("cannot ask for the room of file system of descriptor {}", file.as_raw_fd());
+    let stat = nix::sys::statvfs::fstatvfs(file.as_fd()).context(what)?;
+    let fragment = stat.fragment_size();
+    Ok((stat.blocks_available() * fragment, stat.blocks() * fragment))
+}
