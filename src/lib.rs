@@ -12,4 +12,5 @@ pub mod host;
 pub mod machine;
 pub mod ship;
 pub mod tracker;
+pub mod vault;
 pub mod view;

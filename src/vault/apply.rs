@@ -19,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::diskfile::{DiskFile, room};
+use super::diskfile::DiskFile;
 use super::layout::{make_dir, remove_dir, remove_file};
 use super::plan::{DiskPlan, EpochPlan, Owner};
 use super::steps;
@@ -68,9 +68,8 @@ pub(super) fn run(store: &VmStore) {
         store.changed.notify_all();
         let wait = Duration::from_millis(delay_ms);
         delay_ms = (delay_ms * 2).min(RETRY_MS_MAX);
-        let is_idle = |s: &mut super::store::Shared| {
-            !s.is_stopping && s.pokes == pokes && !store.steps.is_stopped()
-        };
+        let is_idle =
+            |s: &mut super::store::Shared| !s.is_stopping && s.pokes == pokes && !store.steps.is_stopped();
         drop(store.changed.wait_timeout_while(shared, wait, is_idle));
     }
 }
@@ -142,9 +141,12 @@ fn reserve(plan: &EpochPlan) -> Result<()> {
     let Some(first) = plan.disks.first() else { return Ok(()) };
     let (free, _) = first.disk.room()?;
     if free < needed {
-        return Err(Error::new(ErrorKind::NoSpace, "the vault has no room for the undo log of the next epoch")
-            .why(format!("{needed} bytes are needed and {free} are free"))
-            .hint("make room on the file system of the vault, or keep fewer points: afterimage policy set"));
+        return Err(Error::new(
+            ErrorKind::NoSpace,
+            "the vault has no room for the undo log of the next epoch",
+        )
+        .why(format!("{needed} bytes are needed and {free} are free"))
+        .hint("make room on the file system of the vault, or keep fewer points: afterimage policy set"));
     }
     Ok(())
 }

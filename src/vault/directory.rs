@@ -143,12 +143,13 @@ fn claim(path: &Path) -> Result<Flock<File>> {
         check_format(&format!("vault {}", path.display()), file.format)?;
     }
     let file = File::options().read(true).write(true).create(true).truncate(false).open(path.join("lock"));
-    let lock = Flock::lock(file.context(what)?, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-        nix::errno::Errno::EWOULDBLOCK => Error::new(ErrorKind::Busy, what())
-            .why("another process has it open")
-            .hint("stop the daemon that uses it, or use that daemon: afterimage --state DIR status"),
-        e => Error::io(what(), e.into()),
-    })?;
+    let lock =
+        Flock::lock(file.context(what)?, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+            nix::errno::Errno::EWOULDBLOCK => Error::new(ErrorKind::Busy, what())
+                .why("another process has it open")
+                .hint("stop the daemon that uses it, or use that daemon: afterimage --state DIR status"),
+            e => Error::io(what(), e.into()),
+        })?;
     make_dir(&path.join("vms"))?;
     if version.is_none() {
         write_atomic(&path.join("vault.json"), &to_json(&VaultFile { format: VAULT_FORMAT })?)?;
@@ -351,7 +352,8 @@ impl PointStore for DirectoryVault {
         let until = Instant::now().checked_add(patience);
         let mut shared = lock(&store.shared);
         while !shared.queue.is_empty() {
-            let left = until.map_or(Duration::from_secs(3600), |u| u.saturating_duration_since(Instant::now()));
+            let left =
+                until.map_or(Duration::from_secs(3600), |u| u.saturating_duration_since(Instant::now()));
             if left.is_zero() || store.steps.is_stopped() {
                 return Ok(false);
             }

@@ -7,9 +7,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::ops::Range;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -54,8 +54,9 @@ impl DiskFile {
 
     /// Opens a disk to read it.
     pub fn open_existing(dir: &VmDir, id: DiskId) -> Result<Self> {
-        let open =
-            |path: std::path::PathBuf| File::open(&path).context(|| format!("cannot open {}", path.display()));
+        let open = |path: std::path::PathBuf| {
+            File::open(&path).context(|| format!("cannot open {}", path.display()))
+        };
         Ok(Self { id, image: open(dir.disk(id))?, sums: open(dir.sums(id))? })
     }
 
@@ -128,7 +129,8 @@ impl DiskFile {
     pub fn reserve(&self, range: Range<u64>) -> Result<()> {
         let place = range.start / BLOCK_BYTES * SUM_BYTES;
         let sums = (range.end - range.start) / BLOCK_BYTES * SUM_BYTES;
-        for (file, at, length) in [(&self.image, range.start, range.end - range.start), (&self.sums, place, sums)]
+        for (file, at, length) in
+            [(&self.image, range.start, range.end - range.start), (&self.sums, place, sums)]
         {
             let (at, length) = (at.cast_signed(), length.cast_signed());
             match fallocate(file.as_fd(), FallocateFlags::FALLOC_FL_KEEP_SIZE, at, length) {

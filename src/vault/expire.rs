@@ -55,7 +55,11 @@ fn hide(store: &VmStore, wanted: &[EpochNumber]) -> Vec<PointRecord> {
 }
 
 /// Drops the oldest ones by one commit, then each run in the middle by one commit.
-fn drop_groups(store: &VmStore, gone: &BTreeSet<EpochNumber>, done: &mut BTreeSet<EpochNumber>) -> Result<()> {
+fn drop_groups(
+    store: &VmStore,
+    gone: &BTreeSet<EpochNumber>,
+    done: &mut BTreeSet<EpochNumber>,
+) -> Result<()> {
     let all: Vec<EpochNumber> = lock(&store.doc).points().collect();
     let mut run = Vec::new();
     let mut survivor: Option<EpochNumber> = None;
@@ -93,9 +97,11 @@ fn replace_logs(
         s.pinned.retain(|p| !run.contains(p));
     })?;
     let above = merged.as_ref().map(|m| m.base);
-    let (old, mut chain): (Vec<_>, Vec<_>) = store.chain().iter().cloned().partition(|log| {
-        log.epoch <= upto && above.is_none_or(|base| log.epoch > base)
-    });
+    let (old, mut chain): (Vec<_>, Vec<_>) = store
+        .chain()
+        .iter()
+        .cloned()
+        .partition(|log| log.epoch <= upto && above.is_none_or(|base| log.epoch > base));
     chain.extend(merged);
     chain.sort_by_key(|log| log.epoch);
     store.set_chain(chain);

@@ -102,14 +102,21 @@ impl FirstCopy {
     }
 
     /// Applies a part and keeps its proof.
-    pub fn put_part(&mut self, store: &VmStore, name: &PartName, length: u64, part: &PartReader<'_>) -> Result<()> {
+    pub fn put_part(
+        &mut self,
+        store: &VmStore,
+        name: &PartName,
+        length: u64,
+        part: &PartReader<'_>,
+    ) -> Result<()> {
         if self.parts.contains_key(name) {
             return Ok(());
         }
         store.steps.step("begin a part of the first copy")?;
         make_dir(&store.dir.first())?;
         let dir = store.dir.first();
-        let rivals: Vec<PartName> = self.parts.keys().copied().filter(|n| n.sequence == name.sequence).collect();
+        let rivals: Vec<PartName> =
+            self.parts.keys().copied().filter(|n| n.sequence == name.sequence).collect();
         for rival in &rivals {
             self.forget(store, rival)?;
         }
@@ -189,7 +196,9 @@ impl FirstCopy {
                 let wins = owners_of(disk.id, end, &indexes);
                 // A named part is hurt where one that is not named wins over it.
                 for name in &named {
-                    let Some(mine) = self.parts.get(name).and_then(|a| a.covered.get(&disk.id)) else { continue };
+                    let Some(mine) = self.parts.get(name).and_then(|a| a.covered.get(&disk.id)) else {
+                        continue;
+                    };
                     let is_hurt = mine.iter().flat_map(|r| wins.overlaps(r)).any(|(_, o)| match o {
                         Owner::Frame { part, .. } => {
                             order.get(part as usize).is_some_and(|winner| !named.contains(winner))
@@ -210,7 +219,8 @@ impl FirstCopy {
             self.forget(store, name)?;
         }
         store.latch(sync_dir(&store.dir.first()))?;
-        Err(what().why(format!("{count} parts were overwritten by parts that it does not name; send them again")))
+        Err(what()
+            .why(format!("{count} parts were overwritten by parts that it does not name; send them again")))
     }
 
     /// Forgets everything, content too.

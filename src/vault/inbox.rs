@@ -179,7 +179,8 @@ fn check_parent(manifest: &Manifest, head: Option<Head>) -> Result<()> {
 /// Nothing in a manifest may lead outside of a folder or beyond a limit.
 fn check_manifest(store: &VmStore, manifest: &Manifest) -> Result<()> {
     let refuse = |why: String| {
-        Err(Error::new(ErrorKind::Damaged, format!("the manifest of epoch {} is refused", manifest.epoch)).why(why))
+        Err(Error::new(ErrorKind::Damaged, format!("the manifest of epoch {} is refused", manifest.epoch))
+            .why(why))
     };
     if manifest.format != MANIFEST_FORMAT {
         return Err(Error::new(ErrorKind::Version, "the manifest is refused")
@@ -190,7 +191,10 @@ fn check_manifest(store: &VmStore, manifest: &Manifest) -> Result<()> {
         return refuse(format!("it belongs to VM {}", manifest.vm));
     }
     if manifest.key_id != 0 {
-        return refuse(format!("its parts are encrypted with key {}, which is not known here", manifest.key_id));
+        return refuse(format!(
+            "its parts are encrypted with key {}, which is not known here",
+            manifest.key_id
+        ));
     }
     if manifest.disks.len() > DISKS_PER_VM_MAX {
         return refuse(format!("it has {} disks, more than {DISKS_PER_VM_MAX}", manifest.disks.len()));
@@ -229,7 +233,8 @@ fn verify_present(store: &VmStore, manifest: &Manifest) -> Result<()> {
         if !is_stored(&path, part.length) {
             is_moved |= fetch_from_other_epoch(store, manifest.epoch, part)?;
         }
-        let what = || Error::new(ErrorKind::NotFound, format!("epoch {} cannot be committed", manifest.epoch));
+        let what =
+            || Error::new(ErrorKind::NotFound, format!("epoch {} cannot be committed", manifest.epoch));
         match fs::metadata(&path) {
             Err(_) => return Err(what().why(format!("part {} is missing", part.name))),
             Ok(m) if m.len() != part.length => {
@@ -246,7 +251,9 @@ fn verify_present(store: &VmStore, manifest: &Manifest) -> Result<()> {
         if Digest::of(&bytes) != part.name.digest {
             // It has to be sent again, so it must not be listed.
             remove_file(&path)?;
-            return Err(what().why(format!("part {} was damaged in the vault; it has to be sent again", part.name)));
+            return Err(
+                what().why(format!("part {} was damaged in the vault; it has to be sent again", part.name))
+            );
         }
         lock(&store.shared).verified.insert(part.name);
     }

@@ -122,7 +122,8 @@ fn load_points(dir: &VmDir, doc: &VmState, chain: &[Arc<UndoLog>]) -> (Vec<Point
         let log = chain.binary_search_by_key(&epoch, |log| log.base).ok().and_then(|n| chain.get(n));
         if let Some(log) = log.filter(|log| !log.path().exists()) {
             is_reachable = false;
-            problem = Some(format!("undo log {} is missing: older points cannot be shown", log.path().display()));
+            problem =
+                Some(format!("undo log {} is missing: older points cannot be shown", log.path().display()));
         }
         match read_manifest(&dir.point_manifest(epoch)) {
             Ok(stored) if is_reachable => points.push(PointRecord::new(&stored, doc.pinned.contains(&epoch))),
@@ -157,7 +158,9 @@ fn load_inbox(dir: &VmDir, doc: &VmState) -> Result<(VecDeque<Waiting>, Option<H
             continue;
         }
         match read_manifest(&path) {
-            Ok(stored) if stored.manifest.epoch == epoch && stored.manifest.parent == head.map(|h| h.digest) => {
+            Ok(stored)
+                if stored.manifest.epoch == epoch && stored.manifest.parent == head.map(|h| h.digest) =>
+            {
                 let bytes = stored.manifest.parts.iter().map(|p| p.length).sum();
                 queue.push_back(Waiting { epoch, bytes });
                 head = Some(head_of(epoch, stored.digest, stored.manifest.cut_time));

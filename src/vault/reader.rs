@@ -123,7 +123,8 @@ impl Reader {
             let merged = self.look()?;
             let upto = merged.upto;
             let mut gaps: Vec<(Range<u64>, Vec<u64>)> = Vec::new();
-            let uncovered = merged.disk(disk.id).map_or_else(|| vec![range.clone()], |m| m.gaps(range.clone()));
+            let uncovered =
+                merged.disk(disk.id).map_or_else(|| vec![range.clone()], |m| m.gaps(range.clone()));
             for gap in uncovered {
                 file.read(gap.start, slice(buffer, &range, &gap))?;
                 let count = (gap.end - gap.start) / BLOCK_BYTES;
@@ -168,7 +169,8 @@ impl Reader {
         };
         let from = usize::try_from(piece.start - frame.offset).unwrap_or(usize::MAX);
         let source = content.get(from..from.saturating_add(buffer.len()));
-        let source = source.ok_or_else(|| Error::new(ErrorKind::Internal, "a frame is shorter than its index says"))?;
+        let source = source
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "a frame is shorter than its index says"))?;
         buffer.copy_from_slice(source);
         Ok(())
     }

@@ -13,9 +13,7 @@ use super::layout::{VmDir, VmFile};
 use super::steps::Steps;
 use super::undolog::{Merged, UndoLog};
 use crate::base::durable::write_atomic;
-use crate::base::{
-    Clock, Digest, DiskId, EpochNumber, Error, ErrorKind, PointId, Result, Timestamp, VmId,
-};
+use crate::base::{Clock, Digest, DiskId, EpochNumber, Error, ErrorKind, PointId, Result, Timestamp, VmId};
 use crate::core::ports::points::PointInfo;
 use crate::core::ports::vault::Head;
 use crate::format::part::PartName;
@@ -135,9 +133,11 @@ impl VmStore {
     pub fn check_latch(&self) -> Result<()> {
         match &lock(&self.shared).latched {
             None => Ok(()),
-            Some(why) => Err(Error::new(ErrorKind::Io, format!("VM {} of the vault takes nothing more", self.id))
-                .why(format!("an earlier sync failed: {why}"))
-                .hint("check the disks of the vault, then restart the daemon")),
+            Some(why) => {
+                Err(Error::new(ErrorKind::Io, format!("VM {} of the vault takes nothing more", self.id))
+                    .why(format!("an earlier sync failed: {why}"))
+                    .hint("check the disks of the vault, then restart the daemon"))
+            }
         }
     }
 
@@ -253,7 +253,8 @@ impl VmStore {
 /// Reads a stored manifest.
 pub(super) fn read_manifest(path: &Path) -> Result<StoredManifest> {
     let bytes = crate::base::durable::read_limited(path, crate::base::limits::DOCUMENT_BYTES_MAX)?;
-    let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no file {}", path.display())))?;
+    let bytes =
+        bytes.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no file {}", path.display())))?;
     StoredManifest::decode(&bytes)
 }
 

@@ -79,7 +79,10 @@ impl UndoLog {
     pub fn read_frame(&self, frame: &Frame) -> Result<Vec<u8>> {
         let mut content = vec![0; usize::try_from(frame.length).unwrap_or(0)];
         frame.decode_content(&self.read_stored(frame)?, &mut content).map_err(|e| {
-            e.hint(format!("check the disks of the vault ({}); newer points may be whole", self.path.display()))
+            e.hint(format!(
+                "check the disks of the vault ({}); newer points may be whole",
+                self.path.display()
+            ))
         })?;
         Ok(content)
     }
@@ -181,6 +184,8 @@ impl Merged {
     pub fn frame(&self, place: Place) -> Result<(&Arc<UndoLog>, &Frame)> {
         let found = self.logs.get(place.log as usize);
         let found = found.and_then(|(log, index)| Some((log, index.frames().get(place.frame as usize)?)));
-        found.ok_or_else(|| Error::new(ErrorKind::Internal, "the merged index names a frame that is not there"))
+        found.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "the merged index names a frame that is not there")
+        })
     }
 }

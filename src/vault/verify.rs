@@ -101,9 +101,9 @@ fn verify_piece(
         let at = offset + n as u64 * BLOCK_BYTES;
         let Some(bad) = DiskFile::first_damaged(at, block, &[*sum]) else { continue };
         // An apply that waits for room has left it half written; it will be written again.
-        let is_between = index.as_ref().is_some_and(|index| {
-            index.frames().iter().any(|f| f.disk == disk.id && f.range().contains(&at))
-        });
+        let is_between = index
+            .as_ref()
+            .is_some_and(|index| index.frames().iter().any(|f| f.disk == disk.id && f.range().contains(&at)));
         if !is_between {
             found.push(disk.damaged(bad).to_string());
         }
