@@ -14,6 +14,7 @@ use crate::base::durable::{read_limited, sync_dir, write_atomic};
 use crate::base::error::Context;
 use crate::base::limits::DOCUMENT_BYTES_MAX;
 use crate::base::{DiskId, Error, ErrorKind, Result, VmId, VmName};
+use crate::machine::image::ImageFormat;
 
 /// Version of the document.
 const RECORD_FORMAT: u32 = 1;
@@ -28,8 +29,8 @@ pub struct DiskRecord {
     pub mount: PathBuf,
     /// Its path relative to the root of the mount.
     pub path: PathBuf,
-    /// Format as it was probed: `raw`, `qcow2`.
-    pub format: String,
+    /// Format as it was probed.
+    pub format: ImageFormat,
 }
 
 impl DiskRecord {
@@ -59,6 +60,8 @@ pub enum Phase {
     Initial,
     /// The first point was listed.
     Protected,
+    /// Protection is being ended: logs and marks beside the disks are to be removed.
+    Ending,
     /// Protection was ended; points are kept. The disks are remembered, so that protecting the
     /// same files under the same name goes on with the same points.
     Ended,
@@ -99,7 +102,7 @@ struct Document {
 impl VmRecord {
     /// Whether its disks are tracked and shipped.
     pub fn is_protected(&self) -> bool {
-        self.phase != Phase::Ended
+        matches!(self.phase, Phase::Initial | Phase::Protected)
     }
 
     /// The disk with this path in the mounted view.
@@ -175,7 +178,7 @@ pub(super) mod tests {
             id: DiskId::random(),
             mount: PathBuf::from("/m"),
             path: PathBuf::from(p),
-            format: "raw".to_owned(),
+            format: ImageFormat::Raw,
         };
         VmRecord {
             id: VmId::random(),
