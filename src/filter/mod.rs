@@ -35,7 +35,7 @@ pub use attr::{SetAttr, SetTime};
 pub use dir::DirEntry;
 pub use holders::Holder;
 pub use lower::LowerFile;
-pub use mount::{Mount, MountSpec};
+pub use mount::{Mount, MountSpec, Prepared};
 pub use mountinfo::{MOUNT_TYPE, clear_dead_mount, filter_mounts, shared_file_system};
 pub use ops::{Caller, Filter, OpResult};
 pub use xattr::MARK_PREFIX;

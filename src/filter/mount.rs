@@ -54,6 +54,12 @@ pub struct Mount {
     state: Arc<State>,
 }
 
+/// A mount whose lower directory is open and which does not serve yet.
+pub struct Prepared {
+    spec: MountSpec,
+    filter: Arc<Filter>,
+}
+
 #[derive(Default)]
 struct State {
     has_ended: Mutex<bool>,
@@ -135,6 +141,12 @@ fn absolute(directory: &Path) -> Result<PathBuf> {
 impl Mount {
     /// Mounts and serves. A dead mount of ours at `dir` is removed first.
     pub fn start(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Self> {
+        Self::prepare(spec, watcher)?.serve()
+    }
+
+    /// Opens the lower directory, so that disks can be attached before anything is mounted. A
+    /// dead mount of ours at `dir` is removed.
+    pub fn prepare(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Prepared> {
         for directory in [&spec.source, &spec.dir] {
             // A dead mount has no canonical form, since its root cannot be looked at.
             clear_dead_mount(directory)?;
@@ -159,29 +171,7 @@ impl Mount {
         }
         let filter = Arc::new(Filter::over(&spec.source)?);
         filter.set_watcher(Some(watcher));
-        let flags = mount_flags(&spec.options, filter.lower.root())?;
-        let fuse = open_device().map_err(|e| {
-            e.hint("load the module, as in: modprobe fuse; in a container, pass /dev/fuse into it")
-        })?;
-        let data = format!(
-            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
-            fuse.as_raw_fd()
-        );
-        mount(Some(&spec.source), &spec.dir, Some(MOUNT_TYPE), flags, Some(data.as_str())).context(what)?;
-        let state = Arc::new(State::default());
-        let started = serve(&filter, fuse, &spec.dir, state.clone())
-            .and_then(|()| top_mount(&spec.dir))
-            .and_then(|top| top.ok_or_else(|| Error::new(ErrorKind::Io, what()).why("it is gone already")));
-        match started {
-            Ok(top) => {
-                log::info!("mounted {} over {}", spec.source.display(), spec.dir.display());
-                Ok(Self { spec, filter, device: top.device, state })
-            }
-            Err(e) => {
-                let _ = umount2(&spec.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-                Err(e)
-            }
-        }
+        Ok(Prepared { spec, filter })
     }
 
     /// What is mounted; paths absolute and without links.
@@ -270,6 +260,52 @@ impl Mount {
         let mut ended = lock(&self.state.has_ended);
         while !*ended {
             ended = self.state.ended.wait(ended).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Prepared {
+    /// What will be mounted; paths absolute and without links.
+    pub fn spec(&self) -> &MountSpec {
+        &self.spec
+    }
+
+    /// The operations behind the mount: attach disks there.
+    pub fn filter(&self) -> &Arc<Filter> {
+        &self.filter
+    }
+
+    /// The root of the lower directory.
+    pub fn root(&self) -> &File {
+        self.filter.lower.root()
+    }
+
+    /// Mounts and serves.
+    pub fn serve(self) -> Result<Mount> {
+        let Self { spec, filter } = self;
+        let what = || format!("the filter cannot be mounted over {}", spec.dir.display());
+        let flags = mount_flags(&spec.options, filter.lower.root())?;
+        let fuse = open_device().map_err(|e| {
+            e.hint("load the module, as in: modprobe fuse; in a container, pass /dev/fuse into it")
+        })?;
+        let data = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
+            fuse.as_raw_fd()
+        );
+        mount(Some(&spec.source), &spec.dir, Some(MOUNT_TYPE), flags, Some(data.as_str())).context(what)?;
+        let state = Arc::new(State::default());
+        let started = serve(&filter, fuse, &spec.dir, state.clone())
+            .and_then(|()| top_mount(&spec.dir))
+            .and_then(|top| top.ok_or_else(|| Error::new(ErrorKind::Io, what()).why("it is gone already")));
+        match started {
+            Ok(top) => {
+                log::info!("mounted {} over {}", spec.source.display(), spec.dir.display());
+                Ok(Mount { spec, filter, device: top.device, state })
+            }
+            Err(e) => {
+                let _ = umount2(&spec.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+                Err(e)
+            }
         }
     }
 }

@@ -241,7 +241,10 @@ impl Engine {
                 Error::new(ErrorKind::Usage, format!("{} follows no folder", vm.name()))
                     .why("patterns are for VMs that were protected with --dir")
             })?;
-            super::folder::FolderFilter::new(&super::records::FolderRule { exclude: exclude.clone(), ..rule })?;
+            super::folder::FolderFilter::new(&super::records::FolderRule {
+                exclude: exclude.clone(),
+                ..rule
+            })?;
         }
         vm.change(&self.state, |r| {
             r.name = request.name.clone().unwrap_or_else(|| r.name.clone());

@@ -45,8 +45,11 @@ pub(super) struct Entering {
 pub(super) fn enter(id: DiskId, disk: &Candidate) -> Result<Entering> {
     let lower = disk.mount.resolve(&disk.path)?;
     if lower.key != disk.looked.key {
-        return Err(Error::new(ErrorKind::Busy, format!("disk {} was replaced just now", disk.view_path().display()))
-            .hint("try again"));
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!("disk {} was replaced just now", disk.view_path().display()),
+        )
+        .hint("try again"));
     }
     let spec = DiskSpec {
         id,
@@ -91,12 +94,7 @@ impl NameWatcher for Watcher {
 
 impl Engine {
     /// The VM that protects the file with this path, or with this identity.
-    pub(super) fn owner_of(
-        &self,
-        mount: &Mounted,
-        path: &Path,
-        key: Option<FileKey>,
-    ) -> Option<Arc<Vm>> {
+    pub(super) fn owner_of(&self, mount: &Mounted, path: &Path, key: Option<FileKey>) -> Option<Arc<Vm>> {
         let id = key.and_then(|k| mount.attached(k));
         self.vms().into_iter().find(|vm| {
             let record = vm.record();
@@ -184,9 +182,8 @@ impl Engine {
     /// Where both files are disks of one VM they keep what they are and get each other's path;
     /// else whatever is at the path of a disk now is the disk.
     fn exchanged(&self, mount: &Arc<Mounted>, a: (&Path, FileKey), b: (&Path, FileKey)) {
-        let at = |place: (&Path, FileKey)| {
-            self.attached_disk(mount, place.1).filter(|(_, d)| d.path == place.0)
-        };
+        let at =
+            |place: (&Path, FileKey)| self.attached_disk(mount, place.1).filter(|(_, d)| d.path == place.0);
         let (first, second) = (at(a), at(b));
         if first.is_none() && second.is_none() {
             return self.exchange_folders(mount, a.0, b.0);

@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::api::types::{Done, Failure, MountReply, MountRequest, MountStatus, OpenFile, Severity, UmountRequest};
+use super::api::types::{
+    Done, Failure, MountReply, MountRequest, MountStatus, OpenFile, Severity, UmountRequest,
+};
 use super::engine::Engine;
 use super::lower::{self, Looked};
 use super::membership::Watcher;
@@ -395,7 +397,9 @@ impl Engine {
         self.caches.forget();
         self.mounts.remember(|all| all.retain(|r| r.dir != dir))?;
         let vms = self.vms_of(&dir);
-        let warning = |vm: &Arc<Vm>| format!("VM {} is not replicated until {} is mounted again", vm.name(), dir.display());
+        let warning = |vm: &Arc<Vm>| {
+            format!("VM {} is not replicated until {} is mounted again", vm.name(), dir.display())
+        };
         Ok(Done {
             message: format!("{} is unmounted", dir.display()),
             warnings: vms.iter().map(warning).collect(),

@@ -77,8 +77,11 @@ impl Engine {
         let looked = mount.look(path)?;
         if looked.size > DISK_BYTES_MAX {
             let shown = mount.dir().join(path);
-            return Err(Error::new(ErrorKind::Refused, format!("disk {} cannot be protected", shown.display()))
-                .why(format!("it has {} bytes, more than {DISK_BYTES_MAX}", looked.size)));
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("disk {} cannot be protected", shown.display()),
+            )
+            .why(format!("it has {} bytes, more than {DISK_BYTES_MAX}", looked.size)));
         }
         let info = match is_raw {
             true => ImageInfo::raw(looked.size),
@@ -94,9 +97,12 @@ impl Engine {
             let (mount, inside) = self.locate(path)?;
             let first = self.candidate(mount, &inside, false)?;
             if first.info.format == ImageFormat::Iso {
-                return Err(Error::new(ErrorKind::Refused, format!("{} cannot be protected", path.display()))
-                    .why("it is an ISO image, which never changes")
-                    .hint("name the disks only"));
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!("{} cannot be protected", path.display()),
+                )
+                .why("it is an ISO image, which never changes")
+                .hint("name the disks only"));
             }
             if found.iter().any(|c| c.looked.key == first.looked.key) {
                 continue;
@@ -144,8 +150,7 @@ impl Engine {
                 .why("it is no folder")
                 .hint(format!("afterimage protect NAME --disk {}", dir.display())));
         }
-        let rule =
-            FolderRule { mount: mount.dir().to_owned(), path: inside, exclude: exclude.to_owned() };
+        let rule = FolderRule { mount: mount.dir().to_owned(), path: inside, exclude: exclude.to_owned() };
         let (found, left_out) = self.scan_folder(&mount, &FolderFilter::new(&rule)?)?;
         if found.is_empty() {
             return Err(Error::new(ErrorKind::Refused, format!("{} cannot be protected", dir.display()))
@@ -225,9 +230,12 @@ fn verify_not_open_beneath(disks: &[Candidate]) -> Result<()> {
     for disk in disks {
         if let Some(holder) = disk.mount.holders(disk.looked.key).first() {
             let shown = disk.view_path();
-            return Err(Error::new(ErrorKind::Refused, format!("disk {} cannot be protected", shown.display()))
-                .why(format!("it is open beneath the mount, where writes are not seen: {holder}"))
-                .hint("restart the guest, or: virsh managedsave NAME, then virsh start NAME"));
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("disk {} cannot be protected", shown.display()),
+            )
+            .why(format!("it is open beneath the mount, where writes are not seen: {holder}"))
+            .hint("restart the guest, or: virsh managedsave NAME, then virsh start NAME"));
         }
     }
     Ok(())

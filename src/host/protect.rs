@@ -87,7 +87,12 @@ impl Engine {
         let target = self.targets.get(request.target.as_deref().unwrap_or(EMBEDDED))?;
         let (disks, folder) = self.disks_of(job, request)?;
         for disk in &disks {
-            job.log(format!("disk {} ({}, {} bytes)", disk.view_path().display(), disk.info.format.name(), disk.info.file_size));
+            job.log(format!(
+                "disk {} ({}, {} bytes)",
+                disk.view_path().display(),
+                disk.info.format.name(),
+                disk.info.file_size
+            ));
         }
         target.prepare()?;
         let known = self.known_by_name(request, &disks, &target)?;
@@ -113,11 +118,7 @@ impl Engine {
         Ok(Plan { record, disks, target })
     }
 
-    fn disks_of(
-        &self,
-        job: &Job,
-        request: &ProtectRequest,
-    ) -> Result<(Vec<Candidate>, Option<FolderRule>)> {
+    fn disks_of(&self, job: &Job, request: &ProtectRequest) -> Result<(Vec<Candidate>, Option<FolderRule>)> {
         let usage = |why: &str| {
             Err(Error::new(ErrorKind::Usage, format!("VM {} cannot be protected", request.name))
                 .why(why)

@@ -73,8 +73,7 @@ impl Caches {
 
 impl Engine {
     pub(super) fn status_command(&self, request: &StatusRequest) -> Result<StatusReport> {
-        let mut vms: Vec<Arc<Vm>> =
-            self.vms().into_iter().filter(|v| v.record().is_protected()).collect();
+        let mut vms: Vec<Arc<Vm>> = self.vms().into_iter().filter(|v| v.record().is_protected()).collect();
         if let Some(name) = &request.vm {
             let vm = self.protected_vm(name)?;
             vms.retain(|v| v.id == vm.id);
@@ -111,9 +110,10 @@ impl Engine {
 
     /// Status of every mount, by directory.
     pub(super) fn mount_statuses(&self) -> Vec<MountStatus> {
-        let beneath = self.caches.beneath.get(|| {
-            self.mounts.all().iter().map(|m| (m.dir().to_owned(), m.open_beneath())).collect()
-        });
+        let beneath = self
+            .caches
+            .beneath
+            .get(|| self.mounts.all().iter().map(|m| (m.dir().to_owned(), m.open_beneath())).collect());
         let records: Vec<VmRecord> = self.vms().iter().map(|v| v.record()).collect();
         let mut all = self.mounts.statuses();
         for mount in &mut all {
@@ -227,9 +227,10 @@ impl Engine {
 
     /// Disk images below the mounts that no VM has.
     fn unprotected(&self) -> Vec<UnprotectedDisk> {
-        let images = self.caches.images.get(|| {
-            self.mounts.all().iter().flat_map(|m| images_below(m)).collect::<Vec<_>>()
-        });
+        let images = self
+            .caches
+            .images
+            .get(|| self.mounts.all().iter().flat_map(|m| images_below(m)).collect::<Vec<_>>());
         let owned: Vec<PathBuf> = self
             .vms()
             .iter()
@@ -243,22 +244,26 @@ impl Engine {
 
 fn images_below(mount: &Arc<Mounted>) -> Vec<UnprotectedDisk> {
     let files = files_below(mount.dir(), std::path::Path::new("")).unwrap_or_default();
-    files.into_iter().take(LOOKED_AT_MAX).filter_map(|path| {
-        let lower = mount.look(&path).ok()?;
-        let info = image::probe(&lower.file).ok()?;
-        let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase());
-        let is_named_so = matches!(extension.as_deref(), Some("img" | "raw"));
-        let is_disk = match info.format {
-            ImageFormat::Iso => false,
-            ImageFormat::Raw => is_named_so || info.file_size >= RAW_BYTES_MIN,
-            _ => true,
-        };
-        is_disk.then(|| UnprotectedDisk {
-            path: mount.dir().join(&path),
-            size: info.file_size,
-            format: info.format.name().to_owned(),
+    files
+        .into_iter()
+        .take(LOOKED_AT_MAX)
+        .filter_map(|path| {
+            let lower = mount.look(&path).ok()?;
+            let info = image::probe(&lower.file).ok()?;
+            let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase());
+            let is_named_so = matches!(extension.as_deref(), Some("img" | "raw"));
+            let is_disk = match info.format {
+                ImageFormat::Iso => false,
+                ImageFormat::Raw => is_named_so || info.file_size >= RAW_BYTES_MIN,
+                _ => true,
+            };
+            is_disk.then(|| UnprotectedDisk {
+                path: mount.dir().join(&path),
+                size: info.file_size,
+                format: info.format.name().to_owned(),
+            })
         })
-    }).collect()
+        .collect()
 }
 
 fn level_of(level: Level) -> Health {
@@ -280,9 +285,7 @@ fn state_of(
     disks: &[DiskStatus],
     in_trouble: bool,
 ) -> VmState {
-    let is_broken = |s: &ShipStatus| {
-        s.failure.as_ref().is_some_and(|f| f.kind == ErrorKind::ChainBroken)
-    };
+    let is_broken = |s: &ShipStatus| s.failure.as_ref().is_some_and(|f| f.kind == ErrorKind::ChainBroken);
     let is_whole = |f: &DiskFigures| f.whole_because.is_some();
     match status {
         _ if in_trouble => VmState::Error,
