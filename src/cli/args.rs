@@ -13,7 +13,7 @@ use crate::host::state::STATE_DIR_DEFAULT;
 /// Keeps a bootable copy of KVM virtual machines somewhere else, seconds old, without touching
 /// the guests.
 #[derive(Debug, Parser)]
-#[command(name = "afterimage", version, max_term_width = 100, infer_subcommands = false)]
+#[command(name = "afterimage", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = "Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 partly done, \
     4 refused by a safety check, 5 target unreachable, 6 not found, 7 daemon not running.\n\
     First steps: afterimage doctor; afterimage mount DIR; afterimage protect NAME --disk FILE; \
@@ -193,7 +193,7 @@ pub struct ProtectArgs {
     #[arg(long, value_name = "FOLDER")]
     pub dir: Option<PathBuf>,
     /// Leave out files with such names; may be repeated
-    #[arg(long, value_name = "GLOB", requires = "dir")]
+    #[arg(long, value_name = "GLOB", requires = "dir", conflicts_with = "disk")]
     pub exclude: Vec<String>,
     /// Time between cuts, from 1s; else that of the policy
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]

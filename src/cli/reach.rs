@@ -150,7 +150,10 @@ impl Reach {
         let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
         match lines.len() {
             0 => "it said nothing".to_owned(),
-            n => lines.get(n.saturating_sub(LOG_LINES_QUOTED)..).unwrap_or_default().join("; "),
+            n => {
+                let last = lines.get(n.saturating_sub(LOG_LINES_QUOTED)..).unwrap_or_default();
+                last.iter().map(|l| l.trim()).collect::<Vec<_>>().join("; ")
+            }
         }
     }
 

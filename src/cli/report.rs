@@ -69,7 +69,9 @@ const fn next_of(kind: ErrorKind) -> &'static str {
 }
 
 /// An error of clap in our form; `None`: help or version, which clap prints.
-pub fn usage(e: &clap::Error) -> Option<Error> {
+///
+/// `command`: the command that was typed, as far as it is one.
+pub fn usage(e: &clap::Error, command: Option<&str>) -> Option<Error> {
     if !e.use_stderr() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return None;
     }
@@ -95,9 +97,17 @@ pub fn usage(e: &clap::Error) -> Option<Error> {
         said = format!("{head}'");
         why.push(tail.to_owned());
     }
+    if let Some((_, missing)) = said.clone().split_once("required arguments were not provided:") {
+        said = "required arguments are missing".to_owned();
+        why.insert(0, missing.trim().to_owned());
+    }
     let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
     let why = if why.is_empty() { "the arguments cannot be understood".to_owned() } else { why.join("; ") };
-    let next = usage.unwrap_or_else(|| "afterimage --help".to_owned());
+    let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
+    let next = usage.unwrap_or_else(|| match command {
+        Some(command) => format!("afterimage {command} --help"),
+        None => "afterimage --help".to_owned(),
+    });
     Some(Error::new(ErrorKind::Usage, said).why(why).hint(next))
 }
 
@@ -121,7 +131,7 @@ mod tests {
 
     fn clap_words(line: &str) -> String {
         let e = Cli::try_parse_from(line.split(' ')).unwrap_err();
-        three_lines(&usage(&e).unwrap())
+        three_lines(&usage(&e, Some("jobs")).unwrap())
     }
 
     #[test]
@@ -141,8 +151,8 @@ mod tests {
                 "error: invalid value '..' for '<NAME>'\n  why: \"..\" cannot",
             ),
             ("afterimage frobnicate", "error: unrecognized subcommand 'frobnicate'\n"),
-            ("afterimage protect web1", "error: the following required arguments were not provided:"),
-            ("afterimage mount", "error: the following required arguments were not provided:"),
+            ("afterimage protect web1", "error: required arguments are missing\n  why: <"),
+            ("afterimage mount", "error: required arguments are missing\n  why: <"),
             (
                 "afterimage statsu",
                 "error: unrecognized subcommand 'statsu'\n  why: tip: some similar subcommands",

@@ -22,7 +22,7 @@ pub fn main() -> ExitCode {
         let out = Out::new(false, false);
         return match HelperArgs::try_parse_from(&args) {
             Ok(args) => helper::run(&args).map_or_else(|e| report(&out, &e), |()| ExitCode::SUCCESS),
-            Err(e) => misuse(&out, &e),
+            Err(e) => misuse(&out, &args, &e),
         };
     }
     match Cli::try_parse_from(&args) {
@@ -30,12 +30,14 @@ pub fn main() -> ExitCode {
             let out = Out::new(cli.json, cli.yes);
             run(&out, cli).unwrap_or_else(|e| report(&out, &e))
         }
-        Err(e) => misuse(&Out::new(args.iter().any(|a| a == "--json"), false), &e),
+        Err(e) => misuse(&Out::new(args.iter().any(|a| a == "--json"), false), &args, &e),
     }
 }
 
-fn misuse(out: &Out, e: &clap::Error) -> ExitCode {
-    match usage(e) {
+fn misuse(out: &Out, args: &[OsString], e: &clap::Error) -> ExitCode {
+    let cli = Cli::command();
+    let command = args.iter().skip(1).filter_map(|a| a.to_str()).find(|a| cli.find_subcommand(a).is_some());
+    match usage(e, command) {
         Some(error) => report(out, &error),
         None => {
             let _ = e.print();

@@ -112,8 +112,8 @@ fn kernel() -> Finding {
 }
 
 fn kernel_finding(release: &str) -> Finding {
-    let survival = "if the daemon is killed, guests' open disks fail (ENOTCONN) until the guests are \
-                    restarted; so is it on every kernel with this version of afterimage";
+    let survival = "when the daemon is killed, disks that guests have open fail (ENOTCONN) until the \
+                    guests are restarted; this version cannot hand them over on any kernel";
     match kernel_version(release) {
         None => {
             Finding::new("kernel", Level::Note, format!("Linux {release} has no version that is understood"))
@@ -127,7 +127,7 @@ fn kernel_finding(release: &str) -> Finding {
             Level::Note,
             format!("Linux {release} serialises direct writes to one disk (6.2 does not); {survival}"),
         ),
-        Some(_) => Finding::new("kernel", Level::Note, format!("Linux {release} does; {survival}")),
+        Some(_) => Finding::new("kernel", Level::Note, format!("Linux {release} is new enough; {survival}")),
     }
 }
 
