@@ -31,13 +31,24 @@ pub struct HelperArgs {
     /// Said by mount(8); of no meaning here
     #[arg(short = 'n')]
     _no_mtab: bool,
+    /// The type with its subtype, said by mount(8)
+    #[arg(short = 't')]
+    _kind: Option<String>,
+    /// Fake: everything but the mount itself
+    #[arg(short = 'f')]
+    fake: bool,
     /// Said by mount(8)
     #[arg(short = 'v', action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
-/// Whether the program was called as a mount helper.
+/// Whether the program was called as a mount helper: as `mount.fuse.afterimage`, or with a path
+/// where a command would be.
 pub fn is_helper(args: &[OsString]) -> bool {
+    let program = args.first().map(PathBuf::from).unwrap_or_default();
+    if program.file_name().is_some_and(|n| n.to_string_lossy().starts_with("mount.")) {
+        return true;
+    }
     args.get(1).is_some_and(|first| {
         let first = first.to_string_lossy();
         first.contains('/') && !first.starts_with('-')
@@ -57,6 +68,9 @@ pub fn run(args: &HelperArgs) -> Result<()> {
     };
     need_dir(&request.source)?;
     need_dir(&request.dir)?;
+    if args.fake {
+        return Ok(());
+    }
     Reach::new(&state, args.verbose)?.needed()?.call(&request)?;
     Ok(())
 }
@@ -70,6 +84,7 @@ mod tests {
         let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
         assert!(is_helper(&args("afterimage /src /dir -o rw")));
         assert!(is_helper(&args("afterimage ./src /dir")));
+        assert!(is_helper(&args("/sbin/mount.fuse.afterimage src /dir")));
         assert!(!is_helper(&args("afterimage mount /dir")));
         assert!(!is_helper(&args("afterimage --state=/s status")));
         assert!(!is_helper(&args("afterimage")));

@@ -1,15 +1,17 @@
 //! Reaches the daemon, and starts it where a command needs it.
 //!
 //! Started by hand it leaves the session of the terminal and writes its log to `daemon.log` in
-//! the state folder; on a host where systemd has a unit for it, systemd starts it. Two commands
-//! that start it at once are no harm: the lock of the state folder lets one of them live, and
-//! both commands then talk to it.
+//! the state folder; on a host where systemd has a unit for it, systemd starts it. Of two commands
+//! that would start it at once, one does, and both then talk to it. Killed here: the kernel gives
+//! the locks back, and the daemon goes on or never began.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::base::error::Context;
 use crate::base::{Clock, Error, ErrorKind, Result, SystemClock};
@@ -94,6 +96,44 @@ impl Reach {
             return self.start_unit(client);
         }
         self.state.create()?;
+        // One starter at a time, so that no second daemon is left waiting for the first to end.
+        let _starter = self.only_starter()?;
+        if self.await_predecessor(&client)? {
+            return Ok(client);
+        }
+        self.spawn(client)
+    }
+
+    fn only_starter(&self) -> Result<Flock<File>> {
+        let path = self.state.root().join("start.lock");
+        let what = || format!("cannot lock {}", path.display());
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(false).write(true).mode(0o600);
+        let file = options.open(&path).context(what)?;
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| Error::io(what(), e.into()))
+    }
+
+    /// Waits while some daemon holds the lock of the state folder: one that starts, or one that
+    /// ends. `true`: it answers; `false`: it is gone.
+    fn await_predecessor(&self, client: &Client) -> Result<bool> {
+        let clock = SystemClock::default();
+        loop {
+            match client.hello() {
+                Ok(_) => return Ok(true),
+                Err(e) if e.kind() != ErrorKind::NoDaemon => return Err(e),
+                Err(_) => {}
+            }
+            match self.state.lock(Duration::ZERO) {
+                Ok(_) => return Ok(false),
+                Err(e) if e.kind() != ErrorKind::Busy || clock.monotonic() > START_PATIENCE => {
+                    return Err(e.why("a daemon holds its lock and does not answer"));
+                }
+                Err(_) => std::thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
+    fn spawn(&self, client: Client) -> Result<Client> {
         let log = self.state.log();
         if std::fs::metadata(&log).is_ok_and(|m| m.len() > LOG_BYTES_MAX) {
             let _ = std::fs::rename(&log, log.with_extension("log.1"));
@@ -122,8 +162,7 @@ impl Reach {
                 Err(e) if e.kind() != ErrorKind::NoDaemon => return Err(e),
                 Err(_) => {}
             }
-            // It may have lost the race for the lock to another daemon, which then answers: one
-            // more look after it is gone.
+            // One more look after it is gone: another daemon may have taken the lock and answer.
             if let Some(status) = exited {
                 let why = self.last_words(log_begin);
                 return Err(Error::new(ErrorKind::NoDaemon, "the daemon did not start")
