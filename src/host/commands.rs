@@ -8,7 +8,7 @@ use super::engine::{Engine, no_vm};
 use super::policies::{check_interval, policy};
 use super::records::Phase;
 use super::vm::Vm;
-use crate::base::{Error, ErrorKind, Result};
+use crate::base::{Error, ErrorKind, Result, VmId};
 use crate::core::ports::points::PointStore;
 use crate::core::ports::vault::Vault;
 use crate::ship;
@@ -304,6 +304,7 @@ impl Engine {
 
     fn purge(&self, vm: &Vm) -> Result<Done> {
         let name = vm.name();
+        self.verify_not_cloned(vm.id)?;
         self.views.release_idle();
         vm.target.purge(vm.id)?;
         self.forget_vm(vm);
@@ -311,9 +312,19 @@ impl Engine {
         done(format!("{name} and all its points are removed"))
     }
 
+    fn verify_not_cloned(&self, vm: VmId) -> Result<()> {
+        match self.views.clones_of(vm).first() {
+            None => Ok(()),
+            Some(dir) => Err(Error::new(ErrorKind::Refused, "its points cannot be removed")
+                .why(format!("a clone of one is in {}", dir.display()))
+                .hint(format!("afterimage point umount {}", dir.display()))),
+        }
+    }
+
     /// Removes the points of a VM that only a vault knows.
     fn purge_stored(&self, name: &str) -> Result<Done> {
         let kept = self.kept(name)?;
+        self.verify_not_cloned(kept.id)?;
         self.views.release_idle();
         kept.target.purge(kept.id)?;
         self.events.add(Severity::Warning, Some(kept.name.as_str()), "purged", "all points were removed");

@@ -175,7 +175,6 @@ impl Engine {
     /// table compares what must be compared. Everything is remembered.
     pub fn stop(&self) {
         self.request_stop();
-        self.jobs.all_running().iter().for_each(|j| j.wake());
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             if thread.join().is_err() {

@@ -374,11 +374,6 @@ impl Jobs {
     fn running(&self, id: u64) -> Option<Arc<Job>> {
         lock(&self.0.running).get(&id).cloned()
     }
-
-    /// Every running job.
-    pub fn all_running(&self) -> Vec<Arc<Job>> {
-        lock(&self.0.running).values().cloned().collect()
-    }
 }
 
 #[cfg(test)]

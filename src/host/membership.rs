@@ -243,8 +243,8 @@ impl Engine {
     /// The disk has another path.
     fn move_disk(&self, vm: &Vm, mount: &Arc<Mounted>, disk: &DiskRecord, to: &Path) {
         let rule = vm.record().folder.filter(|f| f.mount == mount.dir());
-        let is_followed = |path: &Path, rule| FolderFilter::new(rule).is_ok_and(|f| f.matches(path));
-        if rule.is_some_and(|rule| is_followed(&disk.path, &rule) && !is_followed(to, &rule)) {
+        let filter = rule.and_then(|rule| FolderFilter::new(&rule).ok());
+        if filter.is_some_and(|f| f.matches(&disk.path) && !f.matches(to)) {
             return self.leave(vm, mount, disk, "it was moved out of the folder");
         }
         vm.follow(&self.state, |r| {

@@ -37,11 +37,10 @@ impl StateDir {
         Ok(Self { root })
     }
 
-    /// Makes the folder (mode 0700; the socket needs 0711 when a group may read) and its
-    /// sub-folders.
+    /// Makes the folder, for root alone, and its sub-folders.
     pub fn create(&self) -> Result<()> {
         let fresh = !self.root.exists();
-        for dir in [self.root.clone(), self.vms(), self.clones(), self.vault()] {
+        for dir in [self.root.clone(), self.vms(), self.clones()] {
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -54,6 +53,13 @@ impl StateDir {
             crate::base::durable::sync_parent(&self.root)?;
         }
         Ok(())
+    }
+
+    /// Lets a group reach the socket, and nothing else, through the folder.
+    pub fn open_to_group(&self, gid: u32) -> Result<()> {
+        let what = || format!("cannot open folder {} to group {gid}", self.root.display());
+        std::os::unix::fs::chown(&self.root, None, Some(gid)).context(what)?;
+        std::fs::set_permissions(&self.root, Permissions::from_mode(0o710)).context(what)
     }
 
     /// Takes the lock; waits up to `patience` for a predecessor to be gone entirely.

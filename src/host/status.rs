@@ -146,6 +146,11 @@ impl Engine {
             let remedy = e.next_step().map(|h| format!("; {h}")).unwrap_or_default();
             reasons.insert(0, format!("{e}{remedy}"));
         }
+        if let Some(why) = vm.target.last_error(vm.id) {
+            level = level.max(Health::Warning);
+            let see = vm.target.path.display();
+            reasons.push(format!("the vault does not take everything: {why}; look at {see}: df -h {see}"));
+        }
         let current_as_of = shipping.as_ref().and_then(|s| s.current_as_of);
         let failure = shipping.as_ref().and_then(|s| s.failure.clone());
         VmStatus {

@@ -19,10 +19,16 @@ use crate::core::ports::vault::{Head, Vault, VaultSpace};
 use crate::core::retention::Keep;
 use crate::format::manifest::Manifest;
 use crate::format::part::{PartName, StoredPart};
-use crate::vault::DirVault;
+use crate::vault::DirectoryVault;
 
 /// Name of the vault in the state folder.
 pub const EMBEDDED: &str = "embedded";
+
+/// A folder that has this file is a vault.
+const VAULT_FILE: &str = "vault.json";
+
+/// A vault that failed is opened anew at most so often.
+const REOPEN_EVERY: Duration = Duration::from_secs(5);
 
 /// A vault by its name, opened when first needed.
 pub struct Target {
@@ -31,27 +37,36 @@ pub struct Target {
     /// Its folder.
     pub path: PathBuf,
     clock: Arc<dyn Clock>,
-    open: Mutex<Option<Arc<DirVault>>>,
+    open: Mutex<Slot>,
+}
+
+/// The open vault, and when it was opened (monotonic time).
+#[derive(Default)]
+struct Slot {
+    vault: Option<Arc<DirectoryVault>>,
+    opened: Duration,
 }
 
 impl Target {
     /// The vault, opened.
-    fn vault(&self) -> Result<Arc<DirVault>> {
+    fn vault(&self) -> Result<Arc<DirectoryVault>> {
         self.vault_or_new(false)
     }
 
-    fn vault_or_new(&self, make: bool) -> Result<Arc<DirVault>> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(vault) = &*open {
-            return Ok(vault.clone());
-        }
-        if !make && !DirVault::is_vault(&self.path) {
+    fn vault_or_new(&self, make: bool) -> Result<Arc<DirectoryVault>> {
+        let mut slot = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.exists() && !(make && slot.vault.is_none()) {
+            // What it holds in memory may be ahead of what comes back.
+            slot.vault = None;
             return Err(Error::new(ErrorKind::Unreachable, format!("vault {} cannot be used", self.name))
                 .why(format!("there is no vault in {}", self.path.display()))
                 .hint(format!("is its file system mounted? findmnt -T {}", self.path.display())));
         }
-        let vault = Arc::new(DirVault::open(&self.path, self.clock.clone())?);
-        *open = Some(vault.clone());
+        if let Some(vault) = &slot.vault {
+            return Ok(vault.clone());
+        }
+        let vault = DirectoryVault::open(&self.path, self.clock.clone())?;
+        *slot = Slot { vault: Some(vault.clone()), opened: self.clock.monotonic() };
         Ok(vault)
     }
 
@@ -60,36 +75,59 @@ impl Target {
         self.vault_or_new(true).map(drop)
     }
 
-    /// Whether a vault was ever made here (as far as can be seen now).
+    /// Whether there is a vault, as far as can be seen now.
     pub fn exists(&self) -> bool {
-        DirVault::is_vault(&self.path)
+        self.path.join(VAULT_FILE).is_file()
+    }
+
+    /// Why epochs of the VM are not applied, in words.
+    pub fn last_error(&self, vm: VmId) -> Option<String> {
+        self.vault().ok()?.last_error(vm)
+    }
+
+    /// For the shipper: after an error of the file system the vault is opened anew by a later
+    /// call, because what a failed sync left is known only then (it latches until it is opened).
+    fn call<T>(&self, call: impl FnOnce(&DirectoryVault) -> Result<T>) -> Result<T> {
+        let vault = self.vault()?;
+        let result = call(&vault);
+        if let Err(e) = &result
+            && matches!(e.kind(), ErrorKind::Io | ErrorKind::NotFound)
+        {
+            let mut slot = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_same = slot.vault.as_ref().is_some_and(|v| Arc::ptr_eq(v, &vault));
+            if is_same && self.clock.monotonic().saturating_sub(slot.opened) > REOPEN_EVERY {
+                log::warn!("vault {} is opened anew: {e}", self.name);
+                slot.vault = None;
+            }
+        }
+        result
     }
 }
 
 impl Vault for Target {
     fn register(&self, vm: VmId, name: &VmName) -> Result<()> {
-        self.vault()?.register(vm, name)
+        self.call(|v| v.register(vm, name))
     }
     fn head(&self, vm: VmId) -> Result<Option<Head>> {
-        self.vault()?.head(vm)
+        self.call(|v| v.head(vm))
     }
     fn parts(&self, vm: VmId, epoch: EpochNumber) -> Result<Vec<StoredPart>> {
-        self.vault()?.parts(vm, epoch)
+        self.call(|v| v.parts(vm, epoch))
     }
     fn part_index(&self, vm: VmId, epoch: EpochNumber, part: &StoredPart) -> Result<Vec<u8>> {
-        self.vault()?.part_index(vm, epoch, part)
+        self.call(|v| v.part_index(vm, epoch, part))
     }
     fn put_part(&self, vm: VmId, epoch: EpochNumber, name: &PartName, bytes: &[u8]) -> Result<()> {
-        self.vault()?.put_part(vm, epoch, name, bytes)
+        self.call(|v| v.put_part(vm, epoch, name, bytes))
     }
     fn commit(&self, vm: VmId, manifest: &Manifest) -> Result<Head> {
-        self.vault()?.commit(vm, manifest)
+        self.call(|v| v.commit(vm, manifest))
     }
     fn renew(&self, vm: VmId, current_as_of: Timestamp) -> Result<()> {
-        self.vault()?.renew(vm, current_as_of)
+        self.call(|v| v.renew(vm, current_as_of))
     }
     fn abandon(&self, vm: VmId, epoch: EpochNumber) -> Result<()> {
-        self.vault()?.abandon(vm, epoch)
+        self.call(|v| v.abandon(vm, epoch))
     }
     fn backlog(&self, vm: VmId) -> Result<(u64, u64)> {
         self.vault()?.backlog(vm)
@@ -169,7 +207,7 @@ impl Targets {
                 name: name.to_owned(),
                 path,
                 clock: self.clock.clone(),
-                open: Mutex::new(None),
+                open: Mutex::default(),
             })
         });
         known.insert(name.to_owned(), target.clone());
