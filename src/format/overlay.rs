@@ -31,8 +31,13 @@ const CHECKSUM_OFFSET: usize = OVERLAY_HEADER_BYTES - 8;
 const _: () = assert!(OVERLAY_SLOTS[1] >= OVERLAY_HEADER_BYTES as u64);
 const _: () = assert!(OVERLAY_BITMAP_OFFSET >= OVERLAY_SLOTS[1] + OVERLAY_HEADER_BYTES as u64);
 
+/// Whether these first bytes of a file are those of a map of an overlay, of any version.
+pub fn is_overlay(bytes: &[u8]) -> bool {
+    OVERLAY_SLOTS.iter().any(|at| bytes.get(*at as usize..).is_some_and(|slot| slot.starts_with(&MAGIC)))
+}
+
 /// State of one disk of a clone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct OverlayHeader {
     /// Counts up with every write of the header.
     pub sequence: u64,

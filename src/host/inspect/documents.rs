@@ -9,18 +9,23 @@ use crate::base::durable::read_limited;
 use crate::base::limits::DOCUMENT_BYTES_MAX;
 use crate::base::{Digest, Error, ErrorKind, Result};
 use crate::format::manifest::Manifest;
+use crate::format::vaultstate::VmState;
 
 /// Documents by the keys that only they have.
 const DOCUMENT_CASES: [(&str, &[&str]); 8] = [
-    ("manifest of an epoch", &["parent", "parts", "disks", "cut_time"]),
-    ("state of a VM in a vault", &["state", "digest"]),
+    (MANIFEST, &["parent", "parts", "disks", "cut_time"]),
+    (STATE, &["state", "digest"]),
     ("configuration of a VM", &["format", "vm"]),
     ("remembered mounts", &["format", "mounts"]),
     ("policies", &["format", "policies"]),
-    ("identity of a VM in a vault", &["format", "id", "name"]),
-    ("identity of a VM in a vault", &["format", "name"]),
-    ("identity of a vault or a clone", &["format"]),
+    ("identity of a VM in a vault", &["format", "id", "name", "keep"]),
+    ("identity of a clone", &["format", "point", "disks"]),
+    ("a document of afterimage", &["format"]),
 ];
+const MANIFEST: &str = "manifest of an epoch";
+const STATE: &str = "state of a VM in a vault";
+/// Version of every document that says it only by its member `format`.
+const DOCUMENT_FORMAT: u64 = 1;
 
 /// Reads the document at `path`; `None`: it does not begin like one.
 pub(super) fn inspect(path: &Path, first: &[u8]) -> Result<Option<Inspection>> {
@@ -39,17 +44,30 @@ pub(super) fn inspect(path: &Path, first: &[u8]) -> Result<Option<Inspection>> {
     let Some((kind, _)) = DOCUMENT_CASES.iter().find(|(_, keys)| keys.iter().all(has)) else {
         return Ok(None);
     };
-    if kind.starts_with("manifest") {
+    if *kind == MANIFEST {
         return manifest(path, (None, &bytes)).map(Some);
     }
+    check_format(path, &value)?;
     let mut out = Inspection::new(path, *kind);
-    if let Some(sealed) = value.get("state") {
-        let digest = value.get("digest").and_then(Value::as_str).unwrap_or_default();
-        seal(&mut out, sealed, &bytes, digest);
+    if *kind == STATE {
+        match VmState::decode(&bytes) {
+            Err(e) if e.kind() == ErrorKind::Version => return Err(e),
+            Err(e) => out.damage(e.to_string()),
+            Ok(_) => {}
+        }
     }
     lines(&mut out, &value, 0);
     out.report(&value)?;
     Ok(Some(out))
+}
+
+fn check_format(path: &Path, value: &Value) -> Result<()> {
+    match value.get("format").map(Value::as_u64) {
+        None | Some(Some(DOCUMENT_FORMAT)) => Ok(()),
+        Some(_) => Err(Error::new(ErrorKind::Version, cannot(path))
+            .why(format!("it has format {}, this program knows {DOCUMENT_FORMAT}", value["format"]))
+            .hint("use the version of afterimage that wrote it, or a newer one")),
+    }
 }
 
 /// A manifest as the vault stores it: one line about it, then exactly the bytes that were
@@ -63,7 +81,7 @@ fn stored_manifest(bytes: &[u8]) -> Option<(Option<Value>, &[u8])> {
 }
 
 fn manifest(path: &Path, (about, bytes): (Option<Value>, &[u8])) -> Result<Inspection> {
-    let mut out = Inspection::new(path, "manifest of an epoch");
+    let mut out = Inspection::new(path, MANIFEST);
     let digest = Digest::of(bytes);
     let said = about.as_ref().and_then(|a| a.get("digest")).and_then(Value::as_str);
     if said.is_some_and(|d| d != digest.to_string()) {
@@ -102,17 +120,6 @@ fn manifest(path: &Path, (about, bytes): (Option<Value>, &[u8])) -> Result<Inspe
     }
     out.report(&m)?;
     Ok(out)
-}
-
-/// Checks the digest over the exact bytes of the member `state`.
-fn seal(out: &mut Inspection, state: &Value, bytes: &[u8], digest: &str) {
-    let text = String::from_utf8_lossy(bytes);
-    // The document is compact and `state` comes first: its bytes lie between the key and the seal.
-    let raw = text.split_once("\"state\":").and_then(|(_, rest)| rest.rsplit_once(",\"digest\":"));
-    let matches = raw.is_some_and(|(raw, _)| Digest::of(raw.as_bytes()).to_string() == digest);
-    if !matches || !state.is_object() {
-        out.damage("it does not match its digest");
-    }
 }
 
 /// A document that cannot be read as a whole: where it breaks, and its readable beginning.

@@ -7,6 +7,7 @@
 mod documents;
 mod frames;
 mod hrl;
+mod overlay;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use crate::base::error::Context;
 use crate::base::{Error, ErrorKind, Result, VmId};
 use crate::format::frames::FramesKind;
 use crate::format::hrl::{HRL_HEADER_BYTES, HrlHeader, is_hrl_header};
+use crate::format::overlay::is_overlay;
 
 /// The schema of an [`Inspection`].
 pub const INSPECT_SCHEMA: &str = "afterimage.inspect/1";
@@ -116,6 +118,9 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     }
     if let Some(kind) = FramesKind::of_header(&first) {
         return frames::inspect(path, &file, metadata.len(), kind);
+    }
+    if is_overlay(&first) {
+        return overlay::inspect(path, &first, metadata.len());
     }
     if let Some(inspection) = documents::inspect(path, &first)? {
         return Ok(inspection);

@@ -175,3 +175,49 @@ fn no_bytes_make_it_panic() {
         }
     }
 }
+
+#[test]
+fn the_state_of_a_vm_is_sealed() {
+    use crate::format::vaultstate::{AppliedEpoch, VmState};
+    let dir = tempfile::tempdir().unwrap();
+    let mut state = VmState::default();
+    state.push_point(EpochNumber(4));
+    let applied = AppliedEpoch { epoch: EpochNumber(4), digest: Digest::of(b"x"), cut_time: Timestamp(5) };
+    state.applied = Some(applied);
+    let bytes = state.encode().unwrap();
+    let good = inspect(&file(&dir, &bytes)).unwrap();
+    assert!(good.healthy, "{good:?}");
+    let text = String::from_utf8(bytes).unwrap();
+    let flipped = text.replace("\"applying\":null", "\"applying\":9");
+    assert!(!inspect(&file(&dir, flipped.as_bytes())).unwrap().healthy);
+    let newer = text.replace("\"format\":1", "\"format\":2");
+    assert_eq!(inspect(&file(&dir, newer.as_bytes())).unwrap_err().kind(), ErrorKind::Version);
+    let mounts = b"{\"format\":2,\"mounts\":[]}";
+    assert_eq!(inspect(&file(&dir, mounts)).unwrap_err().kind(), ErrorKind::Version);
+}
+
+#[test]
+fn the_map_of_a_clone_counts_its_blocks() {
+    use crate::format::overlay::{OVERLAY_BITMAP_OFFSET, OverlayHeader};
+    let dir = tempfile::tempdir().unwrap();
+    let header = OverlayHeader {
+        sequence: 3,
+        disk: DiskId(7),
+        size: 1 << 20,
+        base_limit: 4096,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        mtime_ms: 5,
+    };
+    let mut bytes = vec![0; OVERLAY_BITMAP_OFFSET as usize];
+    let slot = header.slot() as usize;
+    let encoded = header.encode();
+    bytes[slot..slot + encoded.len()].copy_from_slice(&encoded);
+    bytes.extend([0xff, 0, 1]);
+    let found = inspect(&file(&dir, &bytes)).unwrap();
+    assert!(found.healthy);
+    assert!(found.words.iter().any(|w| w.starts_with("9 blocks")), "{found:?}");
+    bytes[slot + 40] ^= 1;
+    assert_eq!(inspect(&file(&dir, &bytes)).unwrap_err().kind(), ErrorKind::Damaged);
+}
