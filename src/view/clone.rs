@@ -16,8 +16,8 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -143,11 +143,12 @@ impl CloneMount {
         self.clone.disks.iter().map(bytes).sum()
     }
 
-    /// Removes the mount and makes everything written durable; the overlay stays.
-    /// [`ErrorKind::Busy`] while files in it are open.
+    /// Removes the mount, makes everything written durable and lets go of the overlay, which stays.
+    /// [`ErrorKind::Busy`] while files in it are open. After an umount from outside this is still
+    /// to be called (or the value dropped) before the overlay can be used again.
     pub fn unmount(&self) -> Result<()> {
         self.mount.unmount()?;
-        self.clone.sync_all()
+        self.clone.close()
     }
 
     /// Deletes the overlay of a clone that is not mounted, and nothing else: a folder that is no
@@ -192,8 +193,8 @@ pub(super) struct Clone {
     overlay: PathBuf,
     clock: SystemClock,
     errors: AtomicU32,
-    /// Held for as long as the clone is open.
-    _lock: Flock<File>,
+    /// Held until the clone is unmounted.
+    lock: Mutex<Option<Flock<File>>>,
 }
 
 impl Clone {
@@ -223,7 +224,7 @@ impl Clone {
             overlay: overlay.to_owned(),
             clock,
             errors: AtomicU32::new(0),
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         })
     }
 
@@ -237,8 +238,15 @@ impl Clone {
         &self.overlay
     }
 
-    fn sync_all(&self) -> Result<()> {
-        self.disks.iter().try_for_each(|disk| disk.sync(true))
+    /// Makes everything durable and lets go of the overlay. Nothing to do the second time.
+    fn close(&self) -> Result<()> {
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock.is_none() {
+            return Ok(());
+        }
+        let synced = self.disks.iter().try_for_each(|disk| disk.sync(true));
+        *lock = None;
+        synced
     }
 
     /// The errno of an error; what is more than a plain answer goes to the log, once, here.

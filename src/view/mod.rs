@@ -21,6 +21,8 @@ mod clone_fs;
 mod mountpoint;
 mod overlay;
 mod overlay_sync;
+#[cfg(test)]
+mod overlay_tests;
 pub mod points;
 mod points_fs;
 mod reading;

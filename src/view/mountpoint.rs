@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use fuser::{Config, Filesystem, Session, SessionACL};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::base::error::Context;
@@ -58,7 +59,7 @@ impl Mountpoint {
     /// Clears a dead mount of ours. Returns its path without symlinks, and its owner.
     pub(super) fn verify(dir: &Path) -> Result<(PathBuf, Owner)> {
         let what = || format!("cannot mount on {}", dir.display());
-        let dir = absolute(dir)?;
+        let dir = std::path::absolute(dir).context(|| format!("{} is no path", dir.display()))?;
         clear_dead(&dir)?;
         let dir = match dir.canonicalize() {
             Ok(dir) => dir,
@@ -200,19 +201,22 @@ fn serve<F: Filesystem>(
 }
 
 /// Takes dead mounts of ours off `dir`: their daemon was killed, every call gives ENOTCONN.
+/// Asked by statfs, because the kernel answers a stat from its cache for a while.
 fn clear_dead(dir: &Path) -> Result<()> {
-    while dir.metadata().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)) {
-        let what = || format!("cannot mount on {}", dir.display());
-        let real = match (dir.parent().and_then(|p| p.canonicalize().ok()), dir.file_name()) {
-            (Some(parent), Some(name)) => parent.join(name),
-            _ => dir.to_owned(),
-        };
-        match mounted_on(&real)? {
-            Some(mounted) if mounted.starts_with(TYPE_PREFIX) => {
-                umount2(&real, MntFlags::MNT_DETACH).context(what)?;
+    let what = || format!("cannot mount on {}", dir.display());
+    let real = match (dir.parent().and_then(|p| p.canonicalize().ok()), dir.file_name()) {
+        (Some(parent), Some(name)) => parent.join(name),
+        _ => dir.to_owned(),
+    };
+    while let Some(mounted) = mounted_on(&real)? {
+        let is_dead = nix::sys::statfs::statfs(&real).err() == Some(Errno::ENOTCONN);
+        match (is_dead, mounted.starts_with(TYPE_PREFIX)) {
+            (false, _) => return Ok(()),
+            (true, true) => {
+                umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).context(what)?;
                 log::info!("cleared the dead mount on {}", dir.display());
             }
-            _ => {
+            (true, false) => {
                 return Err(Error::new(ErrorKind::Refused, what())
                     .why("a file system is mounted there whose process has died")
                     .hint(format!("umount -l {}", shell(dir))));
@@ -257,10 +261,6 @@ fn unescape(field: &[u8]) -> Vec<u8> {
         }
     }
     out
-}
-
-fn absolute(dir: &Path) -> Result<PathBuf> {
-    std::path::absolute(dir).context(|| format!("{} is no path", dir.display()))
 }
 
 /// A path as one word of a shell command.
