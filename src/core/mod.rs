@@ -7,6 +7,7 @@
 pub mod epoch;
 pub mod health;
 pub mod ports;
+pub mod recovery;
 pub mod retention;
 pub mod retry;
 pub mod schedule;

@@ -2,6 +2,7 @@
 //! order. Decoders bound before they allocate, and give unverified data a type of its own.
 
 pub mod frames;
+pub mod hotlog;
 pub mod hrl;
 pub mod manifest;
 pub mod overlay;

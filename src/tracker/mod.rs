@@ -1,36 +1,39 @@
 //! The tracker: in the write path of every protected disk (design, section 4, rules T1 to T10).
 //!
-//! | file | what it is |
-//! | --- | --- |
-//! | `vm` | [`VmTracker`]: one VM, its epoch number and its disks |
-//! | `disk` | [`Disk`]: what the filter calls before and after each change |
+//! | file | what it is | rules |
+//! | --- | --- | --- |
+//! | `disk` | [`Disk`]: what the filter calls before and after each change | the five steps, T8, T10 |
+//! | `gate` | writers count in, the cut waits them out and stores | T1, T2 |
+//! | `map` | three block maps per disk | T2, T3 |
+//! | `regions`, `hot` | pins and hot regions; the durable log of them | T6, T7 |
+//! | `preserve` | old content of frozen blocks | T3, T5 |
+//! | `vm`, `source` | [`VmTracker`]: cuts, and what the shipper reads | T1 to T6, T9 |
+//! | `book`, `hrl`, `record` | what is pending, and where it is durable | T4, T6 |
+//! | `start` | opening a VM, by the table in `core::recovery` | crash rules |
+//! | `cooler` | heartbeat and lazy background work | T6, T7, T8 |
+//! | `shm`, `sync` | shared memory; primitives that tests can replace | S3 |
 
+mod book;
+mod canary;
+mod cooler;
 mod disk;
+mod gate;
+mod hot;
+mod hrl;
+#[cfg(test)]
+mod interleavings;
+mod latency;
+mod map;
+mod preserve;
+mod record;
+mod regions;
+mod shared;
+mod shm;
+mod source;
+mod start;
+mod sync;
 mod vm;
 
+pub use cooler::Tracker;
 pub use disk::{Disk, DiskSpec};
 pub use vm::{GiveUps, LatencyFigures, RecoveredDisk, VmTracker};
-
-use std::path::Path;
-use std::sync::Arc;
-
-use crate::base::{BootId, Clock, Error, ErrorKind, Result, VmId};
-
-/// The tracker of a host: hot-region log, cooler, and the VMs that are open.
-pub struct Tracker {}
-
-impl Tracker {
-    /// Opens the tracker whose files are in `state_dir`. `boot_id` tells shared memory of this boot.
-    pub fn open(_state_dir: &Path, _boot_id: BootId, _clock: Arc<dyn Clock>) -> Result<Self> {
-        Ok(Self {})
-    }
-
-    /// Opens a VM with its disks. `fresh`: it was not protected before, every disk ships whole.
-    /// Otherwise the start-up table (`core::recovery`) decides for each disk.
-    pub fn open_vm(&self, _vm: VmId, _disks: Vec<DiskSpec>, _fresh: bool) -> Result<Arc<VmTracker>> {
-        Err(Error::new(ErrorKind::Internal, "the tracker is not ready"))
-    }
-
-    /// Stops the threads of the tracker. VMs are stopped by [`VmTracker::stop_clean`] before.
-    pub fn stop(&self) {}
-}

@@ -1,0 +1,66 @@
+//! What all disks of a VM share in the write path: the epoch word, the gate, the log.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use super::canary::Mutation;
+use super::gate::{EpochWord, Gate, Previous, announce_give_up};
+use super::hot::HotLog;
+use super::latency::Histogram;
+use super::preserve::Preserve;
+use super::shm::{Shm, VM_EPOCH};
+use super::sync::{Std, lock};
+use super::vm::GiveUps;
+use crate::base::{BootId, Clock, VmId};
+
+/// Of one VM.
+pub(crate) struct VmShared {
+    pub(crate) id: VmId,
+    pub(crate) boot: BootId,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) gate: Gate<Std>,
+    pub(crate) shm: Shm,
+    pub(crate) hot: Arc<HotLog>,
+    /// T10: truncations that run.
+    pub(crate) truncations: AtomicU64,
+    pub(crate) latency: Histogram,
+    pub(crate) mutation: Mutation,
+    pub(crate) give_ups: Mutex<GiveUps>,
+    /// Where blocks of the frozen epoch are saved, of every disk.
+    pub(crate) preserves: Mutex<Vec<Arc<Preserve>>>,
+}
+
+impl VmShared {
+    /// The word, for the gate.
+    #[inline]
+    pub(crate) fn epoch_field(&self) -> &AtomicU64 {
+        self.shm.field(VM_EPOCH)
+    }
+
+    /// The epoch word.
+    #[inline]
+    pub(crate) fn word(&self) -> EpochWord {
+        EpochWord(self.epoch_field().load(SeqCst))
+    }
+
+    /// Whether this epoch is frozen and has not given up its cut.
+    pub(crate) fn is_frozen(&self, epoch: u64) -> bool {
+        self.word() == EpochWord::new(epoch + 1, Previous::Frozen)
+    }
+
+    /// T5: the frozen epoch gives up its cut; said before the writer writes.
+    pub(crate) fn announce_give_up(&self, epoch: u64, reason: &str, needed_bytes: u64) {
+        if announce_give_up(self.epoch_field(), epoch) {
+            let mut give_ups = lock(&self.give_ups);
+            give_ups.in_a_row = give_ups.in_a_row.saturating_add(1);
+            give_ups.reason = Some(reason.to_owned());
+            give_ups.needed_bytes = needed_bytes;
+        }
+    }
+
+    /// Frees what was preserved for an epoch that has given up its cut. Whether there was any.
+    pub(crate) fn free_preserved(&self) -> bool {
+        let preserves = std::mem::take(&mut *lock(&self.preserves));
+        preserves.iter().fold(false, |any, p| p.free() || any)
+    }
+}

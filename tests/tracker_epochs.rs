@@ -1,0 +1,135 @@
+//! Frozen epochs against an independent journal: random changes from several threads, cuts,
+//! kills and losses of power, on real files.
+
+mod tracker_rig;
+
+use std::time::Duration;
+
+use afterimage::base::BootId;
+use afterimage::core::ports::source::{BlocksByDisk, CutKind, Source};
+use tracker_rig::{BLOCK, Rig};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Every cut equals the journal: writers pause at each cut, so the file is its own oracle; then
+/// they go on while the frozen epoch is read.
+#[test]
+fn each_frozen_epoch_equals_the_disk_as_of_its_cut() {
+    for seed in 0..6 {
+        let mut rig = Rig::new(seed, 3 << 20);
+        rig.open(BootId(1), true);
+        rig.ship_everything();
+        for _ in 0..6 {
+            rig.change(40);
+            rig.cut_and_check(true);
+        }
+    }
+}
+
+/// Writers never pause: what was acknowledged before the cut is in it, what was issued after the
+/// cut returned is not.
+#[test]
+fn cuts_under_load_are_between_acknowledged_and_issued() {
+    let mut rig = Rig::new(99, 4 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.under_load(12);
+}
+
+/// Killed at some point (nothing is stopped, same boot): nothing is lost, no disk is whole.
+#[test]
+fn a_kill_loses_nothing_and_makes_no_disk_whole() {
+    for seed in 10..16 {
+        let mut rig = Rig::new(seed, 3 << 20);
+        rig.open(BootId(1), true);
+        rig.ship_everything();
+        for round in 0..4 {
+            rig.change(30);
+            if round % 2 == 0 {
+                // Killed while an epoch is frozen, half of it read.
+                let vm = rig.vm();
+                vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
+                vm.drain(PATIENCE).unwrap().unwrap();
+                rig.read_some_frozen();
+                rig.change(10);
+            }
+            rig.reopen(BootId(1));
+            assert!(
+                rig.vm().recovered().iter().all(|r| r.label == "shared-memory"),
+                "{:?}",
+                rig.vm().recovered()
+            );
+            rig.ship_everything();
+            rig.assert_replica_equals_disks();
+        }
+    }
+}
+
+/// The power is lost: what is pending covers every block that differs, and no more than the hot
+/// regions and what was marked.
+#[test]
+fn after_a_loss_of_power_pending_covers_every_difference() {
+    for seed in 20..26 {
+        let mut rig = Rig::new(seed, 24 << 20);
+        rig.open(BootId(1), true);
+        rig.ship_everything();
+        for boot in 2..5u128 {
+            rig.change(25);
+            rig.cool();
+            rig.change(10);
+            rig.reopen(BootId(boot));
+            assert!(
+                rig.vm().recovered().iter().all(|r| r.label == "power-lost"),
+                "{:?}",
+                rig.vm().recovered()
+            );
+            rig.assert_pending_covers_differences();
+            rig.ship_everything();
+            rig.assert_replica_equals_disks();
+        }
+    }
+}
+
+/// A clean stop: the next start trusts the HRLs alone, in another boot too.
+#[test]
+fn after_a_clean_stop_only_marked_blocks_are_pending() {
+    let mut rig = Rig::new(30, 8 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.write_at(0, 5 * BLOCK, BLOCK as usize);
+    rig.vm().stop_clean().unwrap();
+    rig.reopen(BootId(2));
+    assert!(rig.vm().recovered().iter().all(|r| r.label == "clean-stop"));
+    assert_eq!(rig.vm().pending().values().map(|s| s.total()).sum::<u64>(), 1);
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+    // Changed while nobody tracked it, in the same boot.
+    rig.vm().stop_clean().unwrap();
+    rig.change_beneath();
+    rig.reopen(BootId(2));
+    assert_eq!(rig.vm().recovered()[0].label, "changed-after-stop");
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+}
+
+/// Two HRLs per disk while an epoch ships, one after the acknowledgement; their blocks are those
+/// that were written.
+#[test]
+fn hrls_hold_what_was_written() {
+    let mut rig = Rig::new(31, 4 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    assert_eq!(rig.hrls(0).len(), 1);
+    rig.write_at(0, 7 * BLOCK + 100, 2 * BLOCK as usize);
+    let vm = rig.vm();
+    let cut = vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
+    vm.drain(PATIENCE).unwrap().unwrap();
+    rig.write_at(0, 0, 10);
+    vm.flush().unwrap();
+    let blocks: Vec<_> = rig.hrls(0).iter().map(|r| r.blocks.iter().collect::<Vec<_>>()).collect();
+    assert_eq!(blocks, [vec![7..10], vec![0..1]]);
+    vm.acknowledge(cut.epoch).unwrap();
+    assert_eq!(rig.hrls(0).len(), 1);
+    vm.forget().unwrap();
+    assert_eq!(rig.hrls(0).len(), 0);
+}
