@@ -129,7 +129,7 @@ fn ftruncate_works(open: &OpenFile) -> bool {
 /// chmod of what is behind an O_PATH descriptor.
 pub(super) fn change_mode(file: impl AsFd, mode: u32) -> OpResult<()> {
     let mode = Mode::from_bits_truncate(mode);
-    fchmodat(AT_FDCWD, sys::proc_path(file).as_c_str(), mode, FchmodatFlags::FollowSymlink)
+    fchmodat(AT_FDCWD, sys::proc_path(&file).as_c_str(), mode, FchmodatFlags::FollowSymlink)
 }
 
 fn timespec(time: Option<SetTime>) -> libc::timespec {

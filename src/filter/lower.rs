@@ -101,7 +101,7 @@ impl Lower {
 
 /// Opens what is behind an O_PATH descriptor.
 pub(super) fn reopen(file: impl AsFd, flags: OFlag) -> std::result::Result<File, Errno> {
-    let path = sys::proc_path(file);
+    let path = sys::proc_path(&file);
     nix::fcntl::open(path.as_c_str(), flags | OFlag::O_CLOEXEC, Mode::empty()).map(File::from)
 }
 

@@ -1,5 +1,6 @@
 //! System calls that neither `std` nor `nix` offers safely: file handles, a private clone of a
-//! mount, directory reading by offset, extended attributes by descriptor, and a few ioctls.
+//! mount, directory reading by offset, extended attributes by descriptor, locked memory, a few
+//! ioctls.
 //!
 //! The only unsafe code of the filter. Every function takes and returns safe types, and its error
 //! is the kernel's errno.
@@ -141,7 +142,7 @@ pub(super) fn copy_range(
 
 /// The path under which `/proc` shows a descriptor. Calls on it reach the very file behind an
 /// O_PATH descriptor, a symbolic link too: a jump into `/proc` is followed once and no further.
-pub(super) fn proc_path(file: impl AsFd) -> CString {
+pub(super) fn proc_path(file: &impl AsFd) -> CString {
     CString::new(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd())).unwrap_or_default()
 }
 
@@ -151,7 +152,7 @@ fn c_name(name: &OsStr) -> Result<CString> {
 
 /// getxattr: the number of bytes of the value; with an empty buffer only asks for it.
 pub(super) fn get_xattr(file: impl AsFd, name: &OsStr, buffer: &mut [u8]) -> Result<usize> {
-    let (path, name) = (proc_path(file), c_name(name)?);
+    let (path, name) = (proc_path(&file), c_name(name)?);
     // SAFETY: valid C strings; the kernel writes at most `len` bytes.
     let rc =
         unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
@@ -160,7 +161,7 @@ pub(super) fn get_xattr(file: impl AsFd, name: &OsStr, buffer: &mut [u8]) -> Res
 
 /// setxattr with XATTR_CREATE or XATTR_REPLACE in `flags`.
 pub(super) fn set_xattr(file: impl AsFd, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
-    let (path, name) = (proc_path(file), c_name(name)?);
+    let (path, name) = (proc_path(&file), c_name(name)?);
     // SAFETY: valid C strings; the kernel reads `len` bytes.
     let rc =
         unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags) };
@@ -169,7 +170,7 @@ pub(super) fn set_xattr(file: impl AsFd, name: &OsStr, value: &[u8], flags: i32)
 
 /// listxattr: the number of bytes of the list; with an empty buffer only asks for it.
 pub(super) fn list_xattr(file: impl AsFd, buffer: &mut [u8]) -> Result<usize> {
-    let path = proc_path(file);
+    let path = proc_path(&file);
     // SAFETY: a valid C string; the kernel writes at most `len` bytes.
     let rc = unsafe { libc::listxattr(path.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
     Errno::result(rc).map(|n| n as usize)
@@ -177,7 +178,7 @@ pub(super) fn list_xattr(file: impl AsFd, buffer: &mut [u8]) -> Result<usize> {
 
 /// removexattr.
 pub(super) fn remove_xattr(file: impl AsFd, name: &OsStr) -> Result<()> {
-    let (path, name) = (proc_path(file), c_name(name)?);
+    let (path, name) = (proc_path(&file), c_name(name)?);
     // SAFETY: valid C strings.
     Errno::result(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) }).map(drop)
 }
@@ -251,4 +252,23 @@ pub(super) fn loop_backing(device: impl AsFd) -> Result<(u64, u64)> {
     let major = (device >> 8) & 0xfff;
     let minor = (device & 0xff) | ((device >> 12) & 0xfff00);
     Ok((libc::makedev(major as u32, minor as u32), word(8)))
+}
+
+/// PR_SET_IO_FLUSHER (Linux 5.6): this process never waits for writeback to get memory.
+pub(super) fn set_io_flusher() -> Result<()> {
+    // From `linux/prctl.h`.
+    const PR_SET_IO_FLUSHER: i32 = 57;
+    // SAFETY: prctl with plain integers.
+    Errno::result(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) }).map(drop)
+}
+
+/// Locks all memory as it is first touched.
+pub(super) fn lock_memory() -> Result<()> {
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a valid structure; a refusal shows in mlockall below.
+    let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
+    // ONFAULT: event loops have buffers of 16 MiB of which they touch one.
+    let flags = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
+    // SAFETY: plain flags.
+    Errno::result(unsafe { libc::mlockall(flags) }).map(drop)
 }
