@@ -38,10 +38,8 @@ fn hrl() -> Vec<u8> {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
-        .collect();
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
     names.sort();
     names
 }
@@ -287,10 +285,8 @@ fn events_tell_new_files_links_and_written_headers() {
             NameEvent::Created { path: path("b"), file: key },
         ]
     );
-    assert!(
-        matches!(&events[3], NameEvent::Renamed { from, to, replaced: None, .. }
-            if from == Path::new("vm") && to == Path::new("vn"))
-    );
+    assert!(matches!(&events[3], NameEvent::Renamed { from, to, replaced: None, .. }
+            if from == Path::new("vm") && to == Path::new("vn")));
     assert_eq!(events.len(), 4);
 }
 
@@ -347,8 +343,7 @@ fn copies_holes_zeros_and_preallocation() {
 fn extended_attributes_but_not_our_marks() {
     let fs_ = Mounted::over(|dir| fs::write(dir.join("a"), "x").unwrap());
     let run = |program: &str, arguments: &[&str]| {
-        let output =
-            std::process::Command::new(program).args(arguments).arg(fs_.path("a")).output().unwrap();
+        let output = std::process::Command::new(program).args(arguments).arg(fs_.path("a")).output().unwrap();
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let python = |script: &str| {
@@ -559,8 +554,7 @@ fn new_files_belong_to_the_caller() {
         os.close(os.open('f',os.O_CREAT|os.O_WRONLY,0o666))\nos.mkdir('d',0o777)\nos.symlink('f','l')\n\
         os.mknod('p',0o010666)\nos.close(os.open('group/f',os.O_CREAT|os.O_WRONLY,0o666))\n\
         os.mkdir('group/d')\nos.close(os.open('s',os.O_CREAT|os.O_WRONLY,0o4755))\n";
-    let done =
-        std::process::Command::new("python3").args(["-c", script]).arg(&fs_.dir).status().unwrap();
+    let done = std::process::Command::new("python3").args(["-c", script]).arg(&fs_.dir).status().unwrap();
     assert!(done.success());
     let seen = |name: &str| {
         let stat = fs::symlink_metadata(fs_.path(name)).unwrap();

@@ -68,7 +68,15 @@ impl Filter {
         if flags & libc::O_TRUNC != 0 {
             self.truncate(&node, Some(&open), 0)?;
         }
-        self.files.insert(Arc::new(open))
+        self.keep_open(open)
+    }
+
+    /// The handle of an open file.
+    pub(super) fn keep_open(&self, open: OpenFile) -> OpResult<u64> {
+        let node = open.node.clone();
+        let handle = self.files.insert(Arc::new(open))?;
+        self.nodes.hold(&node);
+        Ok(handle)
     }
 
     /// Reads up to `length` bytes at `offset` and hands them to `f`.
@@ -141,6 +149,8 @@ impl Filter {
 
     /// Closes a file.
     pub fn release(&self, handle: u64) -> OpResult<()> {
-        self.files.remove(handle).map(drop)
+        let id = self.files.remove(handle)?.node.id;
+        self.nodes.forget(id, 1);
+        Ok(())
     }
 }

@@ -16,6 +16,7 @@ mod buffer;
 mod change;
 mod data;
 mod dir;
+mod encode;
 mod handle;
 mod hidden;
 mod holders;

@@ -225,7 +225,7 @@ impl Filter {
         let node = self.enter_new(&folder, name, path.into(), &stat)?;
         let is_direct = flags & libc::O_DIRECT != 0;
         let open = OpenFile::new(node.clone(), file, is_direct, &self.lower);
-        match open.and_then(|open| self.files.insert(Arc::new(open))) {
+        match open.and_then(|open| self.keep_open(open)) {
             Ok(handle) => Ok((node.id, stat, handle)),
             Err(e) => {
                 self.forget(node.id, 1);

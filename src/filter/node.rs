@@ -294,6 +294,14 @@ impl Nodes {
         Some(node.clone())
     }
 
+    /// Counts one more lookup: an open file is a reference like that of the kernel, so that there
+    /// is never a second node for it.
+    pub(super) fn hold(&self, node: &Arc<Node>) {
+        if let Some(entry) = self.shard(node.id).get_mut(&node.id) {
+            entry.lookups += 1;
+        }
+    }
+
     /// The kernel forgets `count` lookups.
     pub(super) fn forget(&self, id: u64, count: u64) {
         // Always this lock before that of a shard.

@@ -119,6 +119,11 @@ impl Filter {
         self.nodes.find(file)?.relative_path()
     }
 
+    /// The node behind an open file.
+    pub fn node_of(&self, handle: u64) -> OpResult<u64> {
+        self.files.get(handle).map(|open| open.node.id)
+    }
+
     pub(super) fn node(&self, id: u64) -> OpResult<Arc<Node>> {
         self.nodes.get(id)
     }

@@ -47,8 +47,7 @@ impl Mounted {
         std::fs::create_dir(&dir).unwrap();
         prepare(&dir);
         let events = Arc::new(Events::default());
-        let spec =
-            MountSpec { source: dir.clone(), dir: dir.clone(), single_host: false, options: vec![] };
+        let spec = MountSpec { source: dir.clone(), dir: dir.clone(), single_host: false, options: vec![] };
         let mount = Mount::start(spec, events.clone()).unwrap();
         Self { dir, events, mount: Some(mount), _folder: folder }
     }
