@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::out::Out;
 use super::reach::{Reach, need_root};
-use crate::base::{Error, ErrorKind, Result};
+use crate::base::Result;
+use crate::host;
 use crate::host::api::types::{DaemonStatus, StopRequest};
 
 /// A daemon that was told to end is gone within this time.
@@ -17,8 +18,7 @@ pub fn run(reach: &Reach, detached: bool, verbose: u8) -> Result<()> {
         // Fails only for the leader of a group, which a child of a command never is.
         let _ = nix::unistd::setsid();
     }
-    let _ = (reach, verbose);
-    Err(Error::new(ErrorKind::Internal, "no daemon"))
+    host::daemon::run(reach.state().clone(), verbose)
 }
 
 /// `start`.
