@@ -256,6 +256,7 @@ pub struct Machine {
     give_ups: u32,
     chain_breaks: u32,
     held_until: Duration,
+    pass_bytes_min: u64,
 }
 
 impl Machine {
@@ -278,7 +279,14 @@ impl Machine {
             give_ups: 0,
             chain_breaks: 0,
             held_until: Duration::ZERO,
+            pass_bytes_min: PASS_BYTES_MIN,
         }
+    }
+
+    /// Another bound than [`PASS_BYTES_MIN`], in bytes of disk.
+    pub fn with_pass_bytes_min(mut self, bytes: u64) -> Self {
+        self.pass_bytes_min = bytes;
+        self
     }
 
     /// The state.
@@ -460,7 +468,7 @@ impl Machine {
             return self.enter(State::Renewing, out);
         }
         let after_give_up = std::mem::take(&mut self.after_give_up);
-        if survey.unmade_bytes > PASS_BYTES_MIN || (after_give_up && survey.unmade_bytes > 0) {
+        if survey.unmade_bytes > self.pass_bytes_min || (after_give_up && survey.unmade_bytes > 0) {
             if self.passes < PASSES_MAX {
                 self.marked_before = self.marked_before.max(survey.marked_bytes);
                 return self.enter(State::LiveDraining, out);
@@ -488,7 +496,7 @@ impl Machine {
     /// A live cut and pass more, before the final cut: while much was marked during the pass, and
     /// less than before.
     fn needs_another_pass(&self, survey: &Survey) -> bool {
-        let enough = PASS_BYTES_MIN.max(self.bytes_per_second.saturating_mul(PASS_SECONDS));
+        let enough = self.pass_bytes_min.max(self.bytes_per_second.saturating_mul(PASS_SECONDS));
         let is_shrinking = self.passes == 1 || survey.marked_bytes < self.marked_before / 10 * 9;
         survey.marked_bytes > enough && is_shrinking && self.passes < PASSES_MAX
     }
@@ -648,3 +656,6 @@ fn answer_to(ids: Vec<(SyncId, Duration)>, answer: Answer, out: &mut Vec<Action>
         out.push(Action::AnswerSync(ids.into_iter().map(|(id, _)| id).collect(), answer));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -106,7 +106,7 @@ impl Driver {
     }
 
     /// `false`: stop.
-    fn command(&mut self, command: Command) -> bool {
+    pub(super) fn command(&mut self, command: Command) -> bool {
         match command {
             Command::Stop => return false,
             Command::Sync { reply, timeout } => self.sync(reply, timeout),

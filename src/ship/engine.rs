@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::base::limits::PART_BYTES;
 use crate::base::{
     BLOCK_BYTES, Clock, Digest, DiskId, EpochNumber, Error, ErrorKind, ExtentSet, Result, Timestamp, VmName,
 };
@@ -98,6 +99,8 @@ pub(super) struct Engine {
     pub(super) has_progressed: bool,
     /// Transfers use no threads.
     pub(super) is_inline: bool,
+    /// Target size of a part, in bytes of content.
+    pub(super) part_bytes: u64,
     record: Record,
     is_registered: bool,
     head: Option<Head>,
@@ -135,6 +138,7 @@ impl Engine {
             in_hand: Vec::new(),
             has_progressed: false,
             is_inline: false,
+            part_bytes: PART_BYTES,
             record,
             is_registered: false,
             head: None,
@@ -381,6 +385,11 @@ impl Engine {
 
     fn renew(&mut self) -> Result<(), Fault> {
         let as_of = self.surveyed_at;
+        // A vault that was restored from an older state is not current.
+        let head = self.outside.vault.head(self.config.vm).on_vault()?;
+        if head.map(|h| h.digest) != self.head.map(|h| h.digest) {
+            return Err(Error::new(ErrorKind::ChainBroken, "the vault has another head than before").into());
+        }
         self.outside.vault.renew(self.config.vm, as_of).on_vault()?;
         let mut status = self.status();
         status.current_as_of = Some(as_of);
@@ -543,7 +552,12 @@ impl Engine {
         if self.outside.source.has_given_up() {
             return Ok(Event::GaveUp);
         }
-        let head = self.outside.vault.commit(self.config.vm, &manifest).on_vault()?;
+        // A part that the vault does not have as we think: look again at what it has.
+        let looks_again = |e: Error| match e.kind() {
+            ErrorKind::Damaged | ErrorKind::NotFound => e.with_kind(ErrorKind::ChainBroken),
+            _ => e,
+        };
+        let head = self.outside.vault.commit(self.config.vm, &manifest).map_err(looks_again).on_vault()?;
         if head.digest != digest {
             return Err(Error::new(ErrorKind::ChainBroken, "the vault committed another epoch").into());
         }

@@ -34,3 +34,6 @@ pub use shipper::{Shipper, ShipperConfig, ShipperHandle};
 pub use status::{
     Counts, Delivered, NoObserver, Progress, ShipHooks, ShipObserver, ShipState, ShipStatus, SyncReply,
 };
+
+#[cfg(test)]
+mod sim;

@@ -10,7 +10,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::base::limits::PART_BYTES;
 use crate::base::{BLOCK_BYTES, DiskId, Error, ErrorKind, ExtentSet, Result};
 use crate::core::ports::source::{BlocksByDisk, Source};
 use crate::format::part::{PartBuilder, PartName};
@@ -78,6 +77,8 @@ pub(super) struct Reader {
     /// What is left, by disk; the first run begins at `position` of the first one.
     work: VecDeque<(DiskId, ExtentSet)>,
     position: u64,
+    /// Target size of a part, in bytes of content.
+    part_bytes: u64,
     /// Pieces of the current window.
     pieces: VecDeque<Piece>,
 }
@@ -89,15 +90,16 @@ impl Reader {
         mode: Mode,
         names: BTreeMap<DiskId, PathBuf>,
         blocks: BlocksByDisk,
+        part_bytes: u64,
     ) -> Self {
         let work = blocks.into_iter().collect();
-        Self { source, mode, names, work, position: 0, pieces: VecDeque::new() }
+        Self { source, mode, names, work, position: 0, part_bytes, pieces: VecDeque::new() }
     }
 
     /// The next part; none at the end, or when `cancel` is set.
     pub(super) fn next(&mut self, cancel: &AtomicBool) -> Result<Option<RawPart>, ReadFault> {
         let mut part = RawPart { pieces: Vec::new(), data: Vec::new() };
-        while (part.data.len() as u64) < PART_BYTES && part.pieces.len() < PIECES_MAX {
+        while (part.data.len() as u64) < self.part_bytes && part.pieces.len() < PIECES_MAX {
             if cancel.load(Ordering::Relaxed) {
                 return Ok(None);
             }
@@ -123,7 +125,7 @@ impl Reader {
             }
         }
         let Some(mut piece) = self.pieces.pop_front() else { return Ok(None) };
-        let split = piece.blocks.start + READ_BLOCKS;
+        let split = piece.blocks.start + READ_BLOCKS.min(self.part_bytes / BLOCK_BYTES).max(1);
         if !piece.is_hole && piece.blocks.end > split {
             let rest = split..piece.blocks.end;
             piece.blocks.end = split;

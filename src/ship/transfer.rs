@@ -59,12 +59,14 @@ impl Engine {
         }
         let blocks = self.frozen_unmade();
         match self.transfer(Mode::Frozen, blocks) {
-            _ if self.outside.source.has_given_up() => Ok(Event::GaveUp),
-            Ok((Moved::Done, _)) => Ok(Event::FrozenShipped),
-            Ok((Moved::Interrupted, _)) => Ok(Event::Interrupted),
             // T4: what was read and lost cannot be produced any more.
             Err(fault) if fault.error.kind() == ErrorKind::Cancelled => Ok(Event::GaveUp),
+            // Whether a part that failed is in the vault has to be found out first, also if the
+            // epoch gave up meanwhile.
             Err(fault) => Err(fault),
+            Ok(_) if self.outside.source.has_given_up() => Ok(Event::GaveUp),
+            Ok((Moved::Done, _)) => Ok(Event::FrozenShipped),
+            Ok((Moved::Interrupted, _)) => Ok(Event::Interrupted),
         }
     }
 
@@ -79,7 +81,8 @@ impl Engine {
             }
             let is_small = build::bytes_of(&blocks) <= INLINE_BYTES_MAX;
             let attempt = self.attempt(mode);
-            let reader = Reader::new(self.outside.source.clone(), mode, self.names(), blocks);
+            let (source, names) = (self.outside.source.clone(), self.names());
+            let reader = Reader::new(source, mode, names, blocks, self.part_bytes);
             if is_small || self.is_inline {
                 self.move_inline(reader, attempt, &mut meter)
             } else {

@@ -1,0 +1,426 @@
+//! The world of the simulation: disks, guests, time, faults, and what is to be believed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::base::{BootId, Clock, DiskId, Error, ErrorKind, Result, Timestamp};
+use crate::core::ports::source::Cut;
+
+/// A rule that is switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Canary {
+    /// None: the production rules.
+    None,
+    /// T4: blocks read before are read again from the live disk.
+    LostPartFromLive,
+    /// T5: a give-up is neither seen by reads nor by asking.
+    GiveUpNotAsked,
+    /// A live cut does not say which blocks it had.
+    StaleParts,
+    /// T2: draining does not wait.
+    NoDrain,
+}
+
+/// The unwinding that stands for SIGKILL.
+pub(super) struct Killed;
+
+/// A small fast generator (splitmix64).
+#[derive(Clone, Debug)]
+pub(super) struct Rng(pub(super) u64);
+
+impl Rng {
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(super) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+
+    pub(super) fn one_in(&mut self, n: u64) -> bool {
+        n > 0 && self.below(n) == 0
+    }
+}
+
+/// Which faults there are, each one in so many calls; 0: never. Every seed has other weights.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Faults {
+    pub(super) kill: u64,
+    pub(super) power: u64,
+    pub(super) call: u64,
+    pub(super) give_up: u64,
+    pub(super) restore: u64,
+    pub(super) command: u64,
+    pub(super) join: u64,
+}
+
+/// State of a block of the frozen epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    Frozen,
+    Read,
+    Preserved(u64),
+}
+
+/// The frozen epoch.
+#[derive(Clone, Debug)]
+pub(super) struct Frozen {
+    pub(super) cut: Cut,
+    pub(super) blocks: BTreeMap<(DiskId, u64), Kept>,
+    pub(super) gave_up: bool,
+}
+
+/// A write that has entered and marked, and not written yet.
+#[derive(Clone, Debug)]
+pub(super) struct Writer {
+    pub(super) epoch: u64,
+    pub(super) at: (DiskId, u64),
+    pub(super) value: u64,
+}
+
+/// Content of all disks: a number per block, 0 for zeros.
+pub(super) type Image = BTreeMap<DiskId, Vec<u64>>;
+
+/// Everything.
+pub(super) struct World {
+    pub(super) rng: Rng,
+    pub(super) canary: Canary,
+    pub(super) faults: Faults,
+    pub(super) guests: bool,
+    pub(super) now_ms: u64,
+    pub(super) boot: BootId,
+    pub(super) disks: Image,
+    /// Blocks that the lower file has as data.
+    pub(super) data: BTreeSet<(DiskId, u64)>,
+    pub(super) epoch: u64,
+    pub(super) marks: BTreeSet<(DiskId, u64)>,
+    pub(super) pending: BTreeSet<(DiskId, u64)>,
+    /// Disks that ship whole, and in which epoch they began to.
+    pub(super) whole: BTreeMap<DiskId, u64>,
+    pub(super) frozen: Option<Frozen>,
+    /// Blocks of the epoch that ended last.
+    pub(super) ended: BTreeSet<(DiskId, u64)>,
+    pub(super) writers: Vec<Writer>,
+    /// Value before the last write, of blocks that a power cut may take back.
+    pub(super) unsynced: BTreeMap<(DiskId, u64), u64>,
+    /// What each cut has, by its time.
+    pub(super) oracles: BTreeMap<i64, Image>,
+    pub(super) last_cut: Option<i64>,
+    pub(super) next_value: u64,
+    /// What went wrong.
+    pub(super) violation: Option<String>,
+    pub(super) trace: u64,
+    /// The vault was restored from an older state, and no epoch was committed since.
+    pub(super) is_rolled_back: bool,
+}
+
+/// The world, shared.
+pub(super) type Shared = Arc<Mutex<World>>;
+
+/// Locks the world; a kill may have unwound through it.
+pub(super) fn lock(world: &Shared) -> MutexGuard<'_, World> {
+    world.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The simulated clock.
+pub(super) struct SimClock(pub(super) Shared);
+
+impl Clock for SimClock {
+    fn now(&self) -> Timestamp {
+        let mut w = lock(&self.0);
+        w.now_ms += 1;
+        Timestamp(w.now_ms as i64)
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_millis(lock(&self.0).now_ms)
+    }
+}
+
+impl World {
+    pub(super) fn new(seed: u64, canary: Canary) -> Self {
+        let mut rng = Rng(seed.wrapping_mul(0x1234_5678_9abc_def1));
+        let mut weight = |often: u64| if rng.one_in(2) { often + rng.below(often * 4) } else { 0 };
+        let faults = Faults {
+            kill: weight(20),
+            power: weight(150),
+            call: weight(8),
+            give_up: weight(3),
+            restore: weight(200),
+            command: weight(5),
+            join: weight(60),
+        };
+        let mut world = Self {
+            rng,
+            canary,
+            faults,
+            guests: true,
+            now_ms: 1_000_000,
+            boot: BootId(1),
+            disks: Image::new(),
+            data: BTreeSet::new(),
+            epoch: 1,
+            marks: BTreeSet::new(),
+            pending: BTreeSet::new(),
+            whole: BTreeMap::new(),
+            frozen: None,
+            ended: BTreeSet::new(),
+            writers: Vec::new(),
+            unsynced: BTreeMap::new(),
+            oracles: BTreeMap::new(),
+            last_cut: None,
+            next_value: 1,
+            violation: None,
+            trace: 0,
+            is_rolled_back: false,
+        };
+        world.join_disk();
+        world.join_disk();
+        world
+    }
+
+    pub(super) fn violate(&mut self, what: impl Into<String>) {
+        let what = what.into();
+        self.violation.get_or_insert(what);
+    }
+
+    /// A disk joins the VM: it ships whole.
+    pub(super) fn join_disk(&mut self) {
+        let id = DiskId(100 + self.disks.len() as u128);
+        let blocks = 24 + self.rng.below(30);
+        let mut content = vec![0; blocks as usize];
+        for block in 0..blocks {
+            if self.rng.one_in(3) {
+                content[block as usize] = self.value();
+                self.data.insert((id, block));
+                self.pending.insert((id, block));
+            }
+        }
+        self.disks.insert(id, content);
+        self.whole.insert(id, self.epoch);
+    }
+
+    fn value(&mut self) -> u64 {
+        self.next_value += 1;
+        if self.rng.one_in(9) { 0 } else { self.next_value }
+    }
+
+    /// What happens before (and within) a call of a port: guests, time, a kill.
+    pub(super) fn turn(&mut self) {
+        self.trace = self.trace.wrapping_mul(31).wrapping_add(self.rng.0);
+        self.now_ms += if self.rng.one_in(10) { self.rng.below(4000) } else { self.rng.below(20) };
+        if self.guests {
+            for _ in 0..self.rng.below(4) {
+                self.guest();
+            }
+        }
+        if self.rng.one_in(self.faults.kill) {
+            self.kill();
+        }
+    }
+
+    /// The daemon dies: writes in flight are done or not; shared memory stays.
+    pub(super) fn kill(&mut self) -> ! {
+        while let Some(writer) = self.writers.pop() {
+            if self.rng.one_in(2) {
+                self.finish(&writer);
+            }
+        }
+        if self.frozen.as_ref().is_some_and(|f| f.gave_up) {
+            self.frozen = None;
+        }
+        if self.rng.one_in(self.faults.power.min(4)) {
+            self.power_cut();
+        }
+        std::panic::resume_unwind(Box::new(Killed))
+    }
+
+    /// Unsynced writes are kept or lost; hot blocks and maps become pending; the cut is abandoned.
+    fn power_cut(&mut self) {
+        self.boot = BootId(self.boot.0 + 1);
+        let unsynced = std::mem::take(&mut self.unsynced);
+        for (at, before) in unsynced {
+            let lost = self.rng.one_in(2);
+            if let Some(value) = self.disks.get_mut(&at.0).and_then(|d| d.get_mut(at.1 as usize)) {
+                if lost {
+                    *value = before;
+                    self.data.insert(at);
+                }
+                self.pending.insert(at);
+            }
+        }
+        if let Some(frozen) = self.frozen.take() {
+            self.pending.extend(frozen.blocks.into_keys());
+        }
+        self.pending.append(&mut self.marks);
+        self.epoch += 1;
+    }
+
+    fn pick(&mut self) -> DiskId {
+        let ids: Vec<_> = self.disks.keys().copied().collect();
+        ids[self.rng.below(ids.len() as u64) as usize]
+    }
+
+    /// One step of a guest.
+    fn guest(&mut self) {
+        let disk = self.pick();
+        let blocks = self.disks[&disk].len() as u64;
+        match self.rng.below(40) {
+            0..=17 => self.enter(disk, blocks),
+            18..=35 => {
+                if !self.writers.is_empty() {
+                    let index = self.rng.below(self.writers.len() as u64) as usize;
+                    let writer = self.writers.remove(index);
+                    self.finish(&writer);
+                }
+            }
+            36 | 37 => {
+                let first = self.rng.below(blocks.max(1));
+                let end = first + 1 + self.rng.below(6);
+                self.punch(disk, first..end.min(blocks));
+            }
+            38 => self.resize(disk, blocks),
+            _ => {
+                if self.rng.one_in(self.faults.join) && self.disks.len() < 5 {
+                    self.join_disk();
+                }
+            }
+        }
+    }
+
+    /// Steps 1 and 2 of a write; sometimes one that grows the disk.
+    fn enter(&mut self, disk: DiskId, blocks: u64) {
+        let growth = if self.rng.one_in(20) && blocks < 70 { 3 } else { 0 };
+        let at = (disk, self.rng.below(blocks + growth));
+        if self.writers.len() > 4 || self.writers.iter().any(|w| w.at == at) {
+            return;
+        }
+        let value = self.value();
+        self.marks.insert(at);
+        self.writers.push(Writer { epoch: self.epoch, at, value });
+    }
+
+    /// Steps 3 to 5.
+    fn finish(&mut self, writer: &Writer) {
+        self.preserve(writer.epoch, writer.at);
+        self.store(writer.at, writer.value, true);
+        // A write of the epoch that was cut: the cut may have it, and after draining has it.
+        let is_late = writer.epoch < self.epoch;
+        if is_late && let Some(oracle) = self.last_cut.and_then(|t| self.oracles.get_mut(&t)) {
+            put(oracle.entry(writer.at.0).or_default(), writer.at.1, writer.value);
+        }
+    }
+
+    fn store(&mut self, at: (DiskId, u64), value: u64, is_data: bool) {
+        let disk = self.disks.entry(at.0).or_default();
+        let before = disk.get(at.1 as usize).copied().unwrap_or(0);
+        self.unsynced.entry(at).or_insert(before);
+        put(disk, at.1, value);
+        if is_data {
+            self.data.insert(at);
+        } else {
+            self.data.remove(&at);
+        }
+    }
+
+    /// Step 3 (T3), or a give-up (T5), said before the write.
+    fn preserve(&mut self, epoch: u64, at: (DiskId, u64)) {
+        let old = self.disks.get(&at.0).and_then(|d| d.get(at.1 as usize)).copied().unwrap_or(0);
+        let gives_up = self.rng.one_in(self.faults.give_up);
+        let Some(frozen) = self.frozen.as_mut().filter(|f| f.cut.epoch.0 + 1 == epoch && !f.gave_up) else {
+            return;
+        };
+        if let Some(kept @ Kept::Frozen) = frozen.blocks.get_mut(&at) {
+            if gives_up {
+                self.pending.extend(frozen.blocks.keys());
+                frozen.gave_up = true;
+            } else {
+                *kept = Kept::Preserved(old);
+            }
+        }
+    }
+
+    fn punch(&mut self, disk: DiskId, blocks: std::ops::Range<u64>) {
+        for block in blocks {
+            let at = (disk, block);
+            if self.writers.iter().all(|w| w.at != at) {
+                self.marks.insert(at);
+                self.preserve(self.epoch, at);
+                self.store(at, 0, false);
+            }
+        }
+    }
+
+    /// T10: truncation marks from the smaller to the larger size; the cut waits for it.
+    fn resize(&mut self, disk: DiskId, blocks: u64) {
+        if self.writers.iter().any(|w| w.at.0 == disk) {
+            return;
+        }
+        let to = 8 + self.rng.below(60);
+        for block in to.min(blocks)..to.max(blocks) {
+            let at = (disk, block);
+            self.marks.insert(at);
+            self.preserve(self.epoch, at);
+            if block < blocks {
+                self.store(at, 0, false);
+                self.unsynced.remove(&at);
+            }
+        }
+        self.disks.entry(disk).or_default().resize(to as usize, 0);
+    }
+
+    /// Writers of epochs up to `epoch` leave.
+    pub(super) fn drain(&mut self, epoch: u64) {
+        let (gone, rest) = std::mem::take(&mut self.writers).into_iter().partition(|w| w.epoch <= epoch);
+        self.writers = rest;
+        let gone: Vec<Writer> = gone;
+        gone.iter().for_each(|w| self.finish(w));
+    }
+
+    /// A fault of a call: an error before or after its effect.
+    pub(super) fn fault(&mut self, what: &str) -> Result<()> {
+        if !self.rng.one_in(self.faults.call) {
+            return Ok(());
+        }
+        let kinds = [ErrorKind::Unreachable, ErrorKind::Io, ErrorKind::NoSpace, ErrorKind::Busy];
+        let kind = if self.rng.one_in(40) { ErrorKind::NotFound } else { kinds[self.rng.below(4) as usize] };
+        Err(Error::new(kind, format!("{what} failed")))
+    }
+
+    /// P2a: what differs between vault and source is marked, frozen, pending or being written.
+    pub(super) fn check_marks(&mut self, image: &Image, when: &str) {
+        let mut lost = None;
+        for (id, disk) in &self.disks {
+            let copy = image.get(id);
+            for block in 0..disk.len().max(copy.map_or(0, Vec::len)) as u64 {
+                let at = (*id, block);
+                let value = |d: &Vec<u64>| d.get(block as usize).copied().unwrap_or(0);
+                let is_known = self.marks.contains(&at)
+                    || self.pending.contains(&at)
+                    || self.whole.contains_key(id)
+                    || self.frozen.as_ref().is_some_and(|f| f.blocks.contains_key(&at));
+                if !is_known && copy.map_or(0, value) != value(disk) {
+                    lost = Some(format!("{when}: block {block} of {id} differs and is not marked"));
+                }
+            }
+        }
+        if let Some(lost) = lost
+            && !self.is_rolled_back
+        {
+            self.violate(lost);
+        }
+    }
+}
+
+/// Writes a block, and grows the disk if it lies beyond its end.
+pub(super) fn put(disk: &mut Vec<u64>, block: u64, value: u64) {
+    let index = block as usize;
+    if disk.len() <= index {
+        disk.resize(index + 1, 0);
+    }
+    disk[index] = value;
+}
