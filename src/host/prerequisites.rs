@@ -169,7 +169,6 @@ impl Engine {
         self.verify_paths(disks)?;
         for disk in disks {
             self.verify_unowned(vm, disk)?;
-            storage::verify_apart("the vault", &target.path, disk.mount.dir())?;
         }
         verify_not_open_beneath(disks)?;
         self.verify_room(disks, target)?;

@@ -19,6 +19,7 @@ use super::membership::enter;
 use super::policies::check_interval;
 use super::prerequisites::Candidate;
 use super::records::{DiskRecord, FolderRule, Phase, VmRecord};
+use super::storage;
 use super::targets::{EMBEDDED, Target};
 use super::vm::{Running, Vm};
 use crate::base::{Error, ErrorKind, Result, VmId};
@@ -93,6 +94,9 @@ impl Engine {
                 disk.info.format.name(),
                 disk.info.file_size
             ));
+        }
+        for mount in self.mounts.all() {
+            storage::verify_apart("the vault", &target.path, mount.dir())?;
         }
         target.prepare()?;
         let known = self.known_by_name(request, &disks, &target)?;
