@@ -127,8 +127,7 @@ impl World {
     }
 
     fn vm(&self, name: &str) -> VmStatus {
-        let mut report =
-            self.engine().status(StatusRequest { vm: Some(name.to_owned()) }).unwrap();
+        let mut report = self.engine().status(StatusRequest { vm: Some(name.to_owned()) }).unwrap();
         report.vms.pop().unwrap()
     }
 
