@@ -43,10 +43,6 @@ impl Volume {
         &self.dir
     }
 
-    pub fn device(&self) -> &str {
-        &self.device
-    }
-
     pub fn mount(&self) {
         match self.kind {
             Kind::Ext4 => run("mount", &["-t", "ext4", &self.device, text(&self.dir)]),

@@ -228,3 +228,21 @@ impl Lane {
         Ok(true)
     }
 }
+
+/// What lanes write on ordinary files stands up to their own journal, and a file that lost one
+/// acknowledged sector does not.
+#[test]
+fn a_load_on_ordinary_files_stands_up_to_its_journal() {
+    let scratch = crate::common::Scratch::new("load");
+    let bytes = 4 << 20;
+    let disks = ["a.img", "b.img"].map(|name| scratch.path().join(name));
+    disks.iter().for_each(|disk| crate::common::sparse(disk, bytes));
+    let load = Load::start(&disks, bytes / 512, false);
+    load.wait_pairs(2000);
+    let journal = load.stop();
+    let mut content = disks.clone().map(|disk| std::fs::read(disk).unwrap()).to_vec();
+    super::Checker::new(&journal).check(&content, journal.now()).unwrap();
+    let written = content[1].chunks(SECTOR).position(|s| s[0] != 0).unwrap();
+    content[1][written * SECTOR..(written + 1) * SECTOR].fill(0);
+    super::Checker::new(&journal).check(&content, journal.now()).unwrap_err();
+}
