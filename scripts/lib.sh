@@ -13,7 +13,7 @@ say() { printf '%s\n' "$*"; }
 
 # refuse WHAT WHY NEXT: the three lines of the product's own errors.
 refuse() {
-    printf 'error: %s\n  why: %s\n next: %s\n' "$1" "$2" "$3" >&2
+    printf 'error: %s\n  why: %s\n  next: %s\n' "$1" "$2" "$3" >&2
     exit 1
 }
 

@@ -15,5 +15,6 @@ mod kills;
 mod loops;
 mod power;
 mod readme;
+mod refusals;
 mod snapshot;
 mod whole_disks;
