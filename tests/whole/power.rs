@@ -4,13 +4,15 @@
 //!
 //! The power of a file system goes by its own shutdown call, which drops whatever is not on its
 //! device, renames too. The daemon is killed, and what follows sees another boot: the test lives
-//! in a mount namespace of its own, in which the kernel's boot id is a file of ours.
+//! in a mount namespace of its own, in which the kernel's boot id and the
+//! time of the boot are files of ours.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sched::{CloneFlags, unshare};
 
@@ -24,7 +26,8 @@ const AREA: u64 = 8 << 20;
 /// A mount namespace with a boot id that can be changed. For the calling thread and whatever it
 /// starts.
 struct Boots {
-    file: PathBuf,
+    boot_id: PathBuf,
+    stat: PathBuf,
     number: u32,
 }
 
@@ -32,15 +35,20 @@ impl Boots {
     fn new(scratch: &Scratch) -> Self {
         unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace of its own");
         run("mount", &["--make-rprivate", "/"]);
-        let mut boots = Self { file: scratch.path().join("boot_id"), number: 0 };
+        let (boot_id, stat) = (scratch.path().join("boot_id"), scratch.path().join("stat"));
+        let mut boots = Self { boot_id, stat, number: 0 };
         boots.next();
-        run("mount", &["--bind", text(&boots.file), "/proc/sys/kernel/random/boot_id"]);
+        run("mount", &["--bind", text(&boots.boot_id), "/proc/sys/kernel/random/boot_id"]);
+        run("mount", &["--bind", text(&boots.stat), "/proc/stat"]);
         boots
     }
 
+    /// Another boot, that begins in a moment: everything written so far is older.
     fn next(&mut self) {
         self.number += 1;
-        fs::write(&self.file, format!("{:08x}-0000-4000-8000-000000000001\n", self.number)).unwrap();
+        let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 1;
+        fs::write(&self.boot_id, format!("{:08x}-0000-4000-8000-000000000001\n", self.number)).unwrap();
+        fs::write(&self.stat, format!("btime {began}\n")).unwrap();
     }
 }
 
