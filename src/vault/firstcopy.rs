@@ -178,7 +178,7 @@ impl FirstCopy {
     /// Every named part is applied and owns what it should.
     fn check_parts(&mut self, store: &VmStore, stored: &StoredManifest) -> Result<()> {
         let m = &stored.manifest;
-        let what = || Error::new(ErrorKind::NotFound, format!("epoch {} cannot be committed", m.epoch));
+        let what = || Error::new(ErrorKind::Io, format!("epoch {} cannot be committed", m.epoch));
         for part in &m.parts {
             match self.parts.get(&part.name) {
                 Some(a) if a.length == part.length => {}

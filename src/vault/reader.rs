@@ -122,6 +122,7 @@ impl Reader {
         loop {
             let merged = self.look()?;
             let upto = merged.upto;
+            self.store().steps.between_looks();
             let mut gaps: Vec<(Range<u64>, Vec<u64>)> = Vec::new();
             let uncovered =
                 merged.disk(disk.id).map_or_else(|| vec![range.clone()], |m| m.gaps(range.clone()));

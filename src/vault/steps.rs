@@ -4,20 +4,21 @@
 //! Once a vault is stopped, every later step fails too, so nothing is written any more; the test
 //! drops it and opens the folder again. Outside of tests no step ever stops.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::base::{Error, ErrorKind, Result};
 
 /// Counts steps and stops at one of them.
-#[derive(Debug)]
 pub struct Steps {
     done: AtomicU64,
     stop_at: AtomicU64,
+    between_looks: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Default for Steps {
     fn default() -> Self {
-        Self { done: AtomicU64::new(0), stop_at: AtomicU64::new(u64::MAX) }
+        Self { done: AtomicU64::new(0), stop_at: AtomicU64::new(u64::MAX), between_looks: OnceLock::new() }
     }
 }
 
@@ -25,6 +26,18 @@ impl Steps {
     /// Stops at step number `n` from now, counted from 1.
     pub fn stop_after(&self, n: u64) {
         self.stop_at.store(self.done().saturating_add(n), Ordering::SeqCst);
+    }
+
+    /// Runs `hook` in every read of a point after its first look at the undo index (A2).
+    pub fn set_between_looks(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let _ = self.between_looks.set(Box::new(hook));
+    }
+
+    /// A reader is between its two looks.
+    pub(super) fn between_looks(&self) {
+        if let Some(hook) = self.between_looks.get() {
+            hook();
+        }
     }
 
     /// Number of steps done.
