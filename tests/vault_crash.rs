@@ -153,7 +153,7 @@ fn a_kill_at_any_step_loses_and_tears_nothing() {
 #[test]
 fn kills_in_a_row_lose_and_tear_nothing() {
     let story = story();
-    for stride in [1, 2, 3, 5, 8, 13] {
+    for stride in [4, 11] {
         let dir = memory_dir();
         let mut next = 0;
         let mut kills = 0;

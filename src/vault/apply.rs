@@ -50,6 +50,7 @@ pub(super) fn run(store: &VmStore) {
             shared = store.changed.wait(shared).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
         if shared.is_stopping || store.steps.is_stopped() {
+            store.changed.notify_all();
             return;
         }
         let Some(next) = shared.queue.front().map(|w| w.epoch) else { continue };

@@ -233,8 +233,7 @@ fn verify_present(store: &VmStore, manifest: &Manifest) -> Result<()> {
         if !is_stored(&path, part.length) {
             is_moved |= fetch_from_other_epoch(store, manifest.epoch, part)?;
         }
-        let what =
-            || Error::new(ErrorKind::Io, format!("epoch {} cannot be committed", manifest.epoch));
+        let what = || Error::new(ErrorKind::Io, format!("epoch {} cannot be committed", manifest.epoch));
         match fs::metadata(&path) {
             Err(_) => return Err(what().why(format!("part {} is missing", part.name))),
             Ok(m) if m.len() != part.length => {

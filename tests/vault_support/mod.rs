@@ -302,7 +302,10 @@ impl Primary {
                 .collect(),
             parts: parts.iter().map(|(name, b)| StoredPart { name: *name, length: b.len() as u64 }).collect(),
             changed_bytes: parts.iter().map(|(_, b)| b.len() as u64).sum(),
-            definition: vec![DefinitionFile { name: "machine.toml".into(), content: format!("# {}", self.epoch) }],
+            definition: vec![DefinitionFile {
+                name: "machine.toml".into(),
+                content: format!("# {}", self.epoch),
+            }],
             key_id: 0,
         }
     }
