@@ -123,6 +123,7 @@ pub(crate) mod shuttled {
     use shuttle::sync::atomic::{AtomicU64, Ordering::SeqCst};
     use std::time::Duration;
 
+    #[derive(Default)]
     pub(crate) struct Shuttle;
 
     impl Primitives for Shuttle {
