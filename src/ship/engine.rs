@@ -69,6 +69,12 @@ impl<T> OnVault<T> for Result<T> {
     fn on_vault(self) -> Result<T, Fault> {
         self.map_err(|error| {
             let probe = if error.kind() == ErrorKind::NoSpace { Probe::Space } else { Probe::Head };
+            // A vault that is not there, or does not know the VM (any more), may come back; then it
+            // is registered again, and the head tells what the vault has.
+            let error = match error.kind() {
+                ErrorKind::NotFound => error.with_kind(ErrorKind::Unreachable),
+                _ => error,
+            };
             Fault { error, probe }
         })
     }
@@ -212,6 +218,7 @@ impl Engine {
         // A cut that was given up under our hands is seen by the next look at the tracker.
         let is_recoverable = fault.error.is_recoverable() || fault.error.kind() == ErrorKind::Cancelled;
         self.probe = fault.probe;
+        self.is_registered &= fault.probe != Probe::Head;
         self.status().failure = Some(Failure::from(&fault.error));
         Event::Failed { is_recoverable, has_progressed: std::mem::take(&mut self.has_progressed) }
     }
@@ -225,6 +232,10 @@ impl Engine {
         }
         self.head = vault.head(vm).on_vault()?;
         let mut frozen = self.outside.source.frozen();
+        if frozen.is_none() && self.outside.source.has_given_up() {
+            // A writer's give-up that a predecessor did not complete.
+            self.outside.source.give_up()?;
+        }
         match judge(self.head.as_ref(), &self.record, frozen.as_ref()) {
             Verdict::Sound => {}
             Verdict::IsFrozen(entry) => {

@@ -37,3 +37,5 @@ pub use status::{
 
 #[cfg(test)]
 mod sim;
+#[cfg(test)]
+mod thread_tests;

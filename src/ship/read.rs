@@ -239,3 +239,155 @@ pub(super) fn pack(raw: &RawPart, attempt: u32) -> Result<Packed> {
     let (name, bytes) = builder.finish(0, attempt);
     Ok(Packed { name, bytes, blocks, data_bytes, hole_bytes })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::{EpochNumber, VmId};
+    use crate::core::ports::source::{Cut, CutKind, DiskFigures};
+    use crate::format::frames::Encoding;
+    use crate::format::part::PartReader;
+    use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
+
+    const DISK: DiskId = DiskId(1);
+
+    /// A disk whose data lies in a few runs, and which counts what is asked of it.
+    struct Sparse {
+        data: ExtentSet,
+        bad: Option<u64>,
+        asked: AtomicU64,
+    }
+
+    impl Source for Sparse {
+        fn vm(&self) -> VmId {
+            VmId(1)
+        }
+        fn frozen(&self) -> Option<Cut> {
+            None
+        }
+        fn has_changes(&self) -> bool {
+            true
+        }
+        fn marked_bytes(&self) -> u64 {
+            0
+        }
+        fn pending(&self) -> BlocksByDisk {
+            BlocksByDisk::new()
+        }
+        fn cut(&self, _: CutKind, _: &BlocksByDisk, _: Duration) -> Result<Cut> {
+            Err(Error::new(ErrorKind::Internal, "no cuts here"))
+        }
+        fn drain(&self, _: Duration) -> Result<Option<Cut>> {
+            Ok(None)
+        }
+        fn frozen_blocks(&self) -> BlocksByDisk {
+            BlocksByDisk::new()
+        }
+        fn read_frozen(&self, disk: DiskId, blocks: Range<u64>, buffer: &mut [u8]) -> Result<()> {
+            self.read_live(disk, blocks, buffer)
+        }
+        fn read_live(&self, _: DiskId, blocks: Range<u64>, buffer: &mut [u8]) -> Result<()> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            if self.bad.is_some_and(|b| blocks.contains(&b)) {
+                return Err(Error::io("EIO", std::io::Error::from_raw_os_error(libc::EIO)));
+            }
+            for (block, out) in blocks.zip(buffer.chunks_mut(BLOCK_BYTES as usize)) {
+                out.fill(u8::from(self.data.contains(block)) * 7);
+            }
+            Ok(())
+        }
+        fn data_blocks(&self, _: DiskId, blocks: Range<u64>) -> Result<ExtentSet> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            Ok(self.data.overlaps(blocks).collect())
+        }
+        fn has_given_up(&self) -> bool {
+            false
+        }
+        fn give_up(&self) -> Result<()> {
+            Ok(())
+        }
+        fn acknowledge(&self, _: EpochNumber) -> Result<()> {
+            Ok(())
+        }
+        fn ship_whole(&self, _: &str) -> Result<()> {
+            Ok(())
+        }
+        fn figures(&self) -> Vec<(DiskId, DiskFigures)> {
+            Vec::new()
+        }
+    }
+
+    fn sparse(data: &[Range<u64>], bad: Option<u64>) -> Arc<Sparse> {
+        Arc::new(Sparse { data: data.iter().cloned().collect(), bad, asked: AtomicU64::new(0) })
+    }
+
+    fn parts(source: &Arc<Sparse>, mode: Mode, blocks: ExtentSet) -> Vec<Packed> {
+        let blocks = BlocksByDisk::from([(DISK, blocks)]);
+        let mut reader = Reader::new(source.clone(), mode, BTreeMap::new(), blocks, 1 << 20);
+        let go = AtomicBool::new(false);
+        std::iter::from_fn(|| reader.next(&go).ok().flatten()).map(|raw| pack(&raw, 1).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_whole_disk_of_8_tib_costs_its_data_and_every_block_is_described_once() {
+        let blocks = (8u64 << 40) / BLOCK_BYTES;
+        let source = sparse(&[5..6, 1000..3000, 1 << 30..(1 << 30) + 700, blocks - 1..blocks], None);
+        let made = parts(&source, Mode::Live, ExtentSet::from_iter([0..blocks]));
+        let mut covered = ExtentSet::new();
+        for part in &made {
+            for run in part.blocks[&DISK].iter() {
+                assert!(!covered.intersects(run.clone()), "twice");
+                covered.insert(run);
+            }
+        }
+        assert_eq!(covered, ExtentSet::from_iter([0..blocks]));
+        let data: u64 = made.iter().map(|p| p.data_bytes).sum();
+        assert_eq!(data, source.data.total() * BLOCK_BYTES);
+        assert!(made.iter().all(|p| p.data_bytes <= 2 << 20));
+        // 2048 windows of 4 GiB, and the reads.
+        let asked = source.asked.load(Ordering::Relaxed);
+        assert!(asked < 2048 + 40, "{asked} calls");
+    }
+
+    #[test]
+    fn scattered_blocks_of_a_huge_disk_cost_what_they_are() {
+        let blocks: ExtentSet = (0..3000u64).map(|i| i * 700_000..i * 700_000 + 1).collect();
+        let source = sparse(&[0..u64::MAX], None);
+        let made = parts(&source, Mode::Frozen, blocks.clone());
+        let covered: ExtentSet = made.iter().flat_map(|p| p.blocks[&DISK].iter()).collect();
+        assert_eq!(covered, blocks);
+        assert_eq!(source.asked.load(Ordering::Relaxed), 3000);
+    }
+
+    #[test]
+    fn small_holes_become_zeros_and_large_ones_holes() {
+        let source = sparse(&[0..4, 100..101], None);
+        let made = parts(&source, Mode::Live, ExtentSet::from_iter([2..6, 90..1000]));
+        let part = PartReader::new(&made[0].bytes).unwrap();
+        let frames: Vec<_> = part
+            .index()
+            .frames()
+            .iter()
+            .map(|f| (f.offset / BLOCK_BYTES, f.length / BLOCK_BYTES, f.encoding.is_empty(), f.encoding))
+            .map(|(at, n, empty, encoding)| (at, n, empty.then_some(encoding)))
+            .collect();
+        let (zero, hole) = (Some(Encoding::Zero), Some(Encoding::Hole));
+        let expected = [(2, 2, None), (4, 2, zero), (90, 10, hole), (100, 1, None), (101, 899, hole)];
+        assert_eq!(frames, expected);
+        assert_eq!(made[0].hole_bytes[&DISK], 909 * BLOCK_BYTES);
+    }
+
+    #[test]
+    fn an_unreadable_block_is_named_and_nothing_is_sent_in_its_place() {
+        let source = sparse(&[0..1000], Some(321));
+        let blocks = BlocksByDisk::from([(DISK, ExtentSet::from_iter([300..400]))]);
+        let names = BTreeMap::from([(DISK, PathBuf::from("a.img"))]);
+        let mut reader = Reader::new(source, Mode::Frozen, names, blocks, 1 << 20);
+        let Err(fault) = reader.next(&AtomicBool::new(false)) else { panic!("it was read") };
+        assert_eq!(fault.place, Some((DISK, 321)));
+        let what = fault.error.what();
+        assert_eq!(what, format!("disk a.img cannot be read at offset {}", 321 * BLOCK_BYTES));
+        assert!(fault.error.is_recoverable() && fault.error.next_step().is_some());
+    }
+}

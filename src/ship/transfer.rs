@@ -198,7 +198,9 @@ impl Engine {
         let result = self.outside.vault.put_part(self.config.vm, number, &part.name, &part.bytes);
         if let Err(e) = result {
             self.in_hand.push(part);
-            return Err(e).on_vault();
+            // Bytes that were changed on the way are sent again.
+            let is_damaged = e.kind() == ErrorKind::Damaged;
+            return Err(if is_damaged { e.with_kind(ErrorKind::Io) } else { e }).on_vault();
         }
         let stored = StoredPart { name: part.name, length: part.bytes.len() as u64 };
         let made = MadePart { stored, data_bytes: part.data_bytes, hole_bytes: part.hole_bytes };

@@ -9,9 +9,9 @@
 //! the faults stop, and vault and source must become equal.
 
 mod run;
-mod source;
-mod vault;
-mod world;
+pub(super) mod source;
+pub(super) mod vault;
+pub(super) mod world;
 
 use world::Canary;
 

@@ -10,13 +10,13 @@ use crate::base::{BLOCK_BYTES, DiskId, EpochNumber, Error, ErrorKind, ExtentSet,
 use crate::core::ports::source::{BlocksByDisk, Cut, CutDisk, CutKind, DiskFigures, Source};
 
 /// The VM of the simulation.
-pub(super) const VM: VmId = VmId(7);
+pub(in crate::ship) const VM: VmId = VmId(7);
 
 /// The source port.
-pub(super) struct SimSource {
-    pub(super) world: Shared,
+pub(in crate::ship) struct SimSource {
+    pub(in crate::ship) world: Shared,
     /// What the vault has, for the check at an acknowledgement.
-    pub(super) vault: std::sync::Arc<super::vault::SimVault>,
+    pub(in crate::ship) vault: std::sync::Arc<super::vault::SimVault>,
 }
 
 fn by_disk(blocks: &BTreeSet<(DiskId, u64)>) -> BlocksByDisk {
@@ -67,7 +67,6 @@ impl World {
             }
             // T4: asked after it was read again.
             Kept::Read if is_marked && canary != Canary::LostPartFromLive => {
-                self.pending.extend(frozen.blocks.keys());
                 frozen.gave_up = true;
                 return Err(cancelled());
             }
@@ -98,7 +97,7 @@ impl Source for SimSource {
     fn has_changes(&self) -> bool {
         let mut w = lock(&self.world);
         w.turn();
-        !w.marks.is_empty() || !w.pending.is_empty() || !w.whole.is_empty()
+        w.gave_up_unfinished.is_some() || !w.marks.is_empty() || !w.pending.is_empty() || !w.whole.is_empty()
     }
 
     fn marked_bytes(&self) -> u64 {
@@ -221,12 +220,16 @@ impl Source for SimSource {
     fn has_given_up(&self) -> bool {
         let mut w = lock(&self.world);
         w.turn();
-        w.canary != Canary::GiveUpNotAsked && w.frozen.as_ref().is_some_and(|f| f.gave_up)
+        let was_killed = w.gave_up_unfinished.is_some();
+        w.canary != Canary::GiveUpNotAsked && (was_killed || w.frozen.as_ref().is_some_and(|f| f.gave_up))
     }
 
     fn give_up(&self) -> Result<()> {
         let mut w = lock(&self.world);
         w.turn();
+        if let Some(blocks) = w.gave_up_unfinished.take() {
+            w.pending.extend(blocks);
+        }
         if let Some(frozen) = w.frozen.take() {
             w.pending.extend(frozen.blocks.into_keys());
         }

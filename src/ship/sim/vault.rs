@@ -11,7 +11,7 @@ use crate::format::part::{PartName, PartReader, StoredPart};
 
 /// What is durable in the vault.
 #[derive(Clone, Default)]
-pub(super) struct Stored {
+pub(in crate::ship) struct Stored {
     head: Option<Head>,
     image: Image,
     inbox: BTreeMap<EpochNumber, BTreeMap<u32, (PartName, Arc<Vec<u8>>)>>,
@@ -19,15 +19,15 @@ pub(super) struct Stored {
 }
 
 /// The vault port.
-pub(super) struct SimVault {
-    pub(super) world: Shared,
+pub(in crate::ship) struct SimVault {
+    pub(in crate::ship) world: Shared,
     stored: Mutex<Stored>,
     /// A commit whose sender died, still on its way.
     late: Mutex<Option<Manifest>>,
 }
 
 impl SimVault {
-    pub(super) fn new(world: Shared) -> Self {
+    pub(in crate::ship) fn new(world: Shared) -> Self {
         Self { world, stored: Mutex::default(), late: Mutex::default() }
     }
 
@@ -36,7 +36,7 @@ impl SimVault {
     }
 
     /// Content of the newest point.
-    pub(super) fn image(&self) -> Image {
+    pub(in crate::ship) fn image(&self) -> Image {
         self.stored().image.clone()
     }
 
@@ -58,7 +58,7 @@ impl SimVault {
     }
 
     /// An older state comes back (or none), with or without the parts of the unfinished epoch.
-    pub(super) fn restore(&self) {
+    pub(in crate::ship) fn restore(&self) {
         let (older, forgets) = {
             let mut w = lock(&self.world);
             (w.rng.below(3), w.rng.one_in(2))

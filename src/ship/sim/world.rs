@@ -9,7 +9,7 @@ use crate::core::ports::source::Cut;
 
 /// A rule that is switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Canary {
+pub(in crate::ship) enum Canary {
     /// None: the production rules.
     None,
     /// T4: blocks read before are read again from the live disk.
@@ -23,44 +23,44 @@ pub(super) enum Canary {
 }
 
 /// The unwinding that stands for SIGKILL.
-pub(super) struct Killed;
+pub(in crate::ship) struct Killed;
 
 /// A small fast generator (splitmix64).
 #[derive(Clone, Debug)]
-pub(super) struct Rng(pub(super) u64);
+pub(in crate::ship) struct Rng(pub(in crate::ship) u64);
 
 impl Rng {
-    pub(super) fn next(&mut self) -> u64 {
+    pub(in crate::ship) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
 
-    pub(super) fn below(&mut self, n: u64) -> u64 {
+    pub(in crate::ship) fn below(&mut self, n: u64) -> u64 {
         self.next() % n.max(1)
     }
 
-    pub(super) fn one_in(&mut self, n: u64) -> bool {
+    pub(in crate::ship) fn one_in(&mut self, n: u64) -> bool {
         n > 0 && self.below(n) == 0
     }
 }
 
 /// Which faults there are, each one in so many calls; 0: never. Every seed has other weights.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Faults {
-    pub(super) kill: u64,
-    pub(super) power: u64,
-    pub(super) call: u64,
-    pub(super) give_up: u64,
-    pub(super) restore: u64,
-    pub(super) command: u64,
-    pub(super) join: u64,
+pub(in crate::ship) struct Faults {
+    pub(in crate::ship) kill: u64,
+    pub(in crate::ship) power: u64,
+    pub(in crate::ship) call: u64,
+    pub(in crate::ship) give_up: u64,
+    pub(in crate::ship) restore: u64,
+    pub(in crate::ship) command: u64,
+    pub(in crate::ship) join: u64,
 }
 
 /// State of a block of the frozen epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kept {
+pub(in crate::ship) enum Kept {
     Frozen,
     Read,
     Preserved(u64),
@@ -68,66 +68,70 @@ pub(super) enum Kept {
 
 /// The frozen epoch.
 #[derive(Clone, Debug)]
-pub(super) struct Frozen {
-    pub(super) cut: Cut,
-    pub(super) blocks: BTreeMap<(DiskId, u64), Kept>,
-    pub(super) gave_up: bool,
+pub(in crate::ship) struct Frozen {
+    pub(in crate::ship) cut: Cut,
+    pub(in crate::ship) blocks: BTreeMap<(DiskId, u64), Kept>,
+    pub(in crate::ship) gave_up: bool,
 }
 
 /// A write that has entered and marked, and not written yet.
 #[derive(Clone, Debug)]
-pub(super) struct Writer {
-    pub(super) epoch: u64,
-    pub(super) at: (DiskId, u64),
-    pub(super) value: u64,
+pub(in crate::ship) struct Writer {
+    pub(in crate::ship) epoch: u64,
+    pub(in crate::ship) at: (DiskId, u64),
+    pub(in crate::ship) value: u64,
 }
 
 /// Content of all disks: a number per block, 0 for zeros.
-pub(super) type Image = BTreeMap<DiskId, Vec<u64>>;
+pub(in crate::ship) type Image = BTreeMap<DiskId, Vec<u64>>;
 
 /// Everything.
-pub(super) struct World {
-    pub(super) rng: Rng,
-    pub(super) canary: Canary,
-    pub(super) faults: Faults,
-    pub(super) guests: bool,
-    pub(super) now_ms: u64,
-    pub(super) boot: BootId,
-    pub(super) disks: Image,
+pub(in crate::ship) struct World {
+    pub(in crate::ship) rng: Rng,
+    pub(in crate::ship) canary: Canary,
+    pub(in crate::ship) faults: Faults,
+    pub(in crate::ship) guests: bool,
+    pub(in crate::ship) now_ms: u64,
+    pub(in crate::ship) boot: BootId,
+    pub(in crate::ship) disks: Image,
     /// Blocks that the lower file has as data.
-    pub(super) data: BTreeSet<(DiskId, u64)>,
-    pub(super) epoch: u64,
-    pub(super) marks: BTreeSet<(DiskId, u64)>,
-    pub(super) pending: BTreeSet<(DiskId, u64)>,
+    pub(in crate::ship) data: BTreeSet<(DiskId, u64)>,
+    pub(in crate::ship) epoch: u64,
+    pub(in crate::ship) marks: BTreeSet<(DiskId, u64)>,
+    pub(in crate::ship) pending: BTreeSet<(DiskId, u64)>,
     /// Disks that ship whole, and in which epoch they began to.
-    pub(super) whole: BTreeMap<DiskId, u64>,
-    pub(super) frozen: Option<Frozen>,
+    pub(in crate::ship) whole: BTreeMap<DiskId, u64>,
+    pub(in crate::ship) frozen: Option<Frozen>,
+    /// Blocks of a give-up that nobody completed before the kill.
+    pub(in crate::ship) gave_up_unfinished: Option<BTreeSet<(DiskId, u64)>>,
     /// Blocks of the epoch that ended last.
-    pub(super) ended: BTreeSet<(DiskId, u64)>,
-    pub(super) writers: Vec<Writer>,
+    pub(in crate::ship) ended: BTreeSet<(DiskId, u64)>,
+    pub(in crate::ship) writers: Vec<Writer>,
     /// Value before the last write, of blocks that a power cut may take back.
-    pub(super) unsynced: BTreeMap<(DiskId, u64), u64>,
+    pub(in crate::ship) unsynced: BTreeMap<(DiskId, u64), u64>,
     /// What each cut has, by its time.
-    pub(super) oracles: BTreeMap<i64, Image>,
-    pub(super) last_cut: Option<i64>,
-    pub(super) next_value: u64,
+    pub(in crate::ship) oracles: BTreeMap<i64, Image>,
+    pub(in crate::ship) last_cut: Option<i64>,
+    pub(in crate::ship) next_value: u64,
     /// What went wrong.
-    pub(super) violation: Option<String>,
-    pub(super) trace: u64,
+    pub(in crate::ship) violation: Option<String>,
+    pub(in crate::ship) trace: u64,
+    /// Every read fails like this.
+    pub(in crate::ship) broken: Option<ErrorKind>,
     /// The vault was restored from an older state, and no epoch was committed since.
-    pub(super) is_rolled_back: bool,
+    pub(in crate::ship) is_rolled_back: bool,
 }
 
 /// The world, shared.
-pub(super) type Shared = Arc<Mutex<World>>;
+pub(in crate::ship) type Shared = Arc<Mutex<World>>;
 
 /// Locks the world; a kill may have unwound through it.
-pub(super) fn lock(world: &Shared) -> MutexGuard<'_, World> {
+pub(in crate::ship) fn lock(world: &Shared) -> MutexGuard<'_, World> {
     world.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The simulated clock.
-pub(super) struct SimClock(pub(super) Shared);
+pub(in crate::ship) struct SimClock(pub(in crate::ship) Shared);
 
 impl Clock for SimClock {
     fn now(&self) -> Timestamp {
@@ -142,7 +146,7 @@ impl Clock for SimClock {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, canary: Canary) -> Self {
+    pub(in crate::ship) fn new(seed: u64, canary: Canary) -> Self {
         let mut rng = Rng(seed.wrapping_mul(0x1234_5678_9abc_def1));
         let mut weight = |often: u64| if rng.one_in(2) { often + rng.below(often * 4) } else { 0 };
         let faults = Faults {
@@ -168,6 +172,7 @@ impl World {
             pending: BTreeSet::new(),
             whole: BTreeMap::new(),
             frozen: None,
+            gave_up_unfinished: None,
             ended: BTreeSet::new(),
             writers: Vec::new(),
             unsynced: BTreeMap::new(),
@@ -176,6 +181,7 @@ impl World {
             next_value: 1,
             violation: None,
             trace: 0,
+            broken: None,
             is_rolled_back: false,
         };
         world.join_disk();
@@ -183,13 +189,13 @@ impl World {
         world
     }
 
-    pub(super) fn violate(&mut self, what: impl Into<String>) {
+    pub(in crate::ship) fn violate(&mut self, what: impl Into<String>) {
         let what = what.into();
         self.violation.get_or_insert(what);
     }
 
     /// A disk joins the VM: it ships whole.
-    pub(super) fn join_disk(&mut self) {
+    pub(in crate::ship) fn join_disk(&mut self) {
         let id = DiskId(100 + self.disks.len() as u128);
         let blocks = 24 + self.rng.below(30);
         let mut content = vec![0; blocks as usize];
@@ -210,7 +216,7 @@ impl World {
     }
 
     /// What happens before (and within) a call of a port: guests, time, a kill.
-    pub(super) fn turn(&mut self) {
+    pub(in crate::ship) fn turn(&mut self) {
         self.trace = self.trace.wrapping_mul(31).wrapping_add(self.rng.0);
         self.now_ms += if self.rng.one_in(10) { self.rng.below(4000) } else { self.rng.below(20) };
         if self.guests {
@@ -224,14 +230,14 @@ impl World {
     }
 
     /// The daemon dies: writes in flight are done or not; shared memory stays.
-    pub(super) fn kill(&mut self) -> ! {
+    pub(in crate::ship) fn kill(&mut self) -> ! {
         while let Some(writer) = self.writers.pop() {
             if self.rng.one_in(2) {
                 self.finish(&writer);
             }
         }
-        if self.frozen.as_ref().is_some_and(|f| f.gave_up) {
-            self.frozen = None;
+        if let Some(frozen) = self.frozen.take_if(|f| f.gave_up) {
+            self.gave_up_unfinished = Some(frozen.blocks.into_keys().collect());
         }
         if self.rng.one_in(self.faults.power.min(4)) {
             self.power_cut();
@@ -256,6 +262,7 @@ impl World {
         if let Some(frozen) = self.frozen.take() {
             self.pending.extend(frozen.blocks.into_keys());
         }
+        self.pending.extend(self.gave_up_unfinished.take().unwrap_or_default());
         self.pending.append(&mut self.marks);
         self.epoch += 1;
     }
@@ -266,7 +273,7 @@ impl World {
     }
 
     /// One step of a guest.
-    fn guest(&mut self) {
+    pub(in crate::ship) fn guest(&mut self) {
         let disk = self.pick();
         let blocks = self.disks[&disk].len() as u64;
         match self.rng.below(40) {
@@ -336,7 +343,6 @@ impl World {
         };
         if let Some(kept @ Kept::Frozen) = frozen.blocks.get_mut(&at) {
             if gives_up {
-                self.pending.extend(frozen.blocks.keys());
                 frozen.gave_up = true;
             } else {
                 *kept = Kept::Preserved(old);
@@ -374,7 +380,7 @@ impl World {
     }
 
     /// Writers of epochs up to `epoch` leave.
-    pub(super) fn drain(&mut self, epoch: u64) {
+    pub(in crate::ship) fn drain(&mut self, epoch: u64) {
         let (gone, rest) = std::mem::take(&mut self.writers).into_iter().partition(|w| w.epoch <= epoch);
         self.writers = rest;
         let gone: Vec<Writer> = gone;
@@ -382,7 +388,10 @@ impl World {
     }
 
     /// A fault of a call: an error before or after its effect.
-    pub(super) fn fault(&mut self, what: &str) -> Result<()> {
+    pub(in crate::ship) fn fault(&mut self, what: &str) -> Result<()> {
+        if let Some(kind) = self.broken.filter(|_| what == "reading") {
+            return Err(Error::new(kind, "the file is gone"));
+        }
         if !self.rng.one_in(self.faults.call) {
             return Ok(());
         }
@@ -392,7 +401,7 @@ impl World {
     }
 
     /// P2a: what differs between vault and source is marked, frozen, pending or being written.
-    pub(super) fn check_marks(&mut self, image: &Image, when: &str) {
+    pub(in crate::ship) fn check_marks(&mut self, image: &Image, when: &str) {
         let mut lost = None;
         for (id, disk) in &self.disks {
             let copy = image.get(id);
@@ -402,6 +411,7 @@ impl World {
                 let is_known = self.marks.contains(&at)
                     || self.pending.contains(&at)
                     || self.whole.contains_key(id)
+                    || self.gave_up_unfinished.as_ref().is_some_and(|u| u.contains(&at))
                     || self.frozen.as_ref().is_some_and(|f| f.blocks.contains_key(&at));
                 if !is_known && copy.map_or(0, value) != value(disk) {
                     lost = Some(format!("{when}: block {block} of {id} differs and is not marked"));
@@ -417,7 +427,7 @@ impl World {
 }
 
 /// Writes a block, and grows the disk if it lies beyond its end.
-pub(super) fn put(disk: &mut Vec<u64>, block: u64, value: u64) {
+pub(in crate::ship) fn put(disk: &mut Vec<u64>, block: u64, value: u64) {
     let index = block as usize;
     if disk.len() <= index {
         disk.resize(index + 1, 0);
