@@ -83,8 +83,8 @@ impl Rig {
         };
         let source = Arc::new(SimSource { world: self.world.clone(), vault: self.vault.clone() });
         let (vault, told) = (self.vault.clone(), self.told.clone());
-        Shipper::start(config, source, vault, Arc::new(SystemClock::default()), told, Arc::new(Hooks))
-            .unwrap()
+        let clock = Arc::new(MixedClock(SimClock(self.world.clone()), SystemClock::default()));
+        Shipper::start(config, source, vault, clock, told, Arc::new(Hooks)).unwrap()
     }
 
     fn write(&self) {
