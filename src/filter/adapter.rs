@@ -40,6 +40,7 @@ const WANTED: &[InitFlags] = &[
     InitFlags::FUSE_AUTO_INVAL_DATA,
     InitFlags::FUSE_HAS_IOCTL_DIR,
     InitFlags::FUSE_POSIX_ACL,
+    InitFlags::FUSE_HANDLE_KILLPRIV_V2,
     InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
 ];
 
@@ -131,7 +132,7 @@ impl Filesystem for Adapter {
 
     fn setattr(
         &self,
-        _: &Request,
+        request: &Request,
         id: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -151,7 +152,10 @@ impl Filesystem for Adapter {
             TimeOrNow::Now => SetTime::Now,
             TimeOrNow::SpecificTime(time) => split(time),
         };
-        let set = SetAttr { mode, uid, gid, size, atime: atime.map(time), mtime: mtime.map(time) };
+        let (atime, mtime) = (atime.map(time), mtime.map(time));
+        // A change of the size by anyone but root; the kernel leaves that to us.
+        let drop_privileges = size.is_some() && request.uid() != 0;
+        let set = SetAttr { mode, uid, gid, size, atime, mtime, drop_privileges };
         let handle = handle.map(|h| h.0);
         if size.is_some() {
             let call = move |filter: &Filter| filter.setattr(id.0, handle, &set);
@@ -289,6 +293,9 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let is_page = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+            self.filter.drop_privileges(handle.0);
+        }
         let written = move |result: OpResult<u32>| match result {
             Ok(bytes) => reply.written(bytes),
             Err(e) => reply.error(answer(e)),

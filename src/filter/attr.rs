@@ -40,6 +40,8 @@ pub struct SetAttr {
     pub atime: Option<SetTime>,
     /// Modification time.
     pub mtime: Option<SetTime>,
+    /// Clears set-user-id and set-group-id, as a write by anyone but root does.
+    pub drop_privileges: bool,
 }
 
 impl Filter {
@@ -72,11 +74,22 @@ impl Filter {
         }
         if let Some(mode) = set.mode {
             change_mode(&fd, mode)?;
+        } else if set.drop_privileges {
+            clear_privileges(&fd)?;
         }
         if set.atime.is_some() || set.mtime.is_some() {
             sys::set_times(&fd, [timespec(set.atime), timespec(set.mtime)])?;
         }
         fstat(&fd)
+    }
+
+    /// Clears set-user-id and set-group-id of an open file that is about to be written by anyone
+    /// but root. (Below it is root who writes, so the lower file system does not.)
+    pub fn drop_privileges(&self, handle: u64) {
+        let cleared = self.files.get(handle).and_then(|open| clear_privileges(&open.file));
+        if let Err(e) = cleared {
+            log::warn!("set-user-id of a file that is written could not be cleared: {e}");
+        }
     }
 
     /// Changes the size of a file, tracked (T10).
@@ -124,6 +137,19 @@ impl Filter {
 fn ftruncate_works(open: &OpenFile) -> bool {
     nix::fcntl::fcntl(&open.file, nix::fcntl::FcntlArg::F_GETFL)
         .is_ok_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
+}
+
+/// Set-group-id without the right to execute has another meaning (mandatory locks) and stays.
+fn clear_privileges(file: impl AsFd) -> OpResult<()> {
+    let stat = fstat(&file)?;
+    let mut mode = stat.st_mode & 0o7777 & !libc::S_ISUID;
+    if mode & libc::S_IXGRP != 0 {
+        mode &= !libc::S_ISGID;
+    }
+    if mode == stat.st_mode & 0o7777 || super::lower::kind_of(&stat) != SFlag::S_IFREG {
+        return Ok(());
+    }
+    change_mode(&file, mode)
 }
 
 /// chmod of what is behind an O_PATH descriptor.

@@ -79,7 +79,8 @@ pub fn clear_dead_mount(directory: &Path) -> Result<usize> {
     let mut cleared = 0;
     while let Some(top) = top_mount(directory)?
         && top.kind == MOUNT_TYPE
-        && nix::sys::stat::stat(directory) == Err(Errno::ENOTCONN)
+        // Not stat: the kernel may still answer that from its cache.
+        && statfs(directory).err() == Some(Errno::ENOTCONN)
     {
         umount2(directory, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .context(|| format!("the dead mount over {} cannot be removed", directory.display()))?;

@@ -15,6 +15,18 @@ use afterimage::filter::{Mount, MountSpec};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
+pub fn errno(error: std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap())
+}
+
+/// The names in a folder, sorted.
+pub fn names(dir: &Path) -> Vec<String> {
+    let name = |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name().to_string_lossy().into_owned();
+    let mut names: Vec<String> = std::fs::read_dir(dir).unwrap().map(name).collect();
+    names.sort();
+    names
+}
+
 /// Remembers every event.
 #[derive(Default)]
 pub struct Events(pub Mutex<Vec<NameEvent>>);
@@ -42,7 +54,11 @@ pub struct Mounted {
 impl Mounted {
     /// Mounts over a directory that `prepare` has filled.
     pub fn over(prepare: impl FnOnce(&Path)) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::within(tempfile::tempdir().unwrap(), prepare)
+    }
+
+    /// The same in a temporary folder of choice.
+    pub fn within(folder: tempfile::TempDir, prepare: impl FnOnce(&Path)) -> Self {
         let dir = folder.path().canonicalize().unwrap().join("images");
         std::fs::create_dir(&dir).unwrap();
         prepare(&dir);
