@@ -7,12 +7,12 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::image::ImageFormat;
-use crate::base::{Error, ErrorKind, Result, VmId, VmName};
+use crate::base::{Clock, Error, ErrorKind, Result, SystemClock, VmId, VmName};
 use crate::format::manifest::DefinitionFile;
 
 /// File name of our own definition.
@@ -103,30 +103,30 @@ impl Virsh {
     /// view). `None`: no libvirt here, it does not answer in time, or no such domain; the reason
     /// goes to the log where an operator could want it.
     pub fn domain_of(&self, disks: &[PathBuf]) -> Option<Domain> {
-        let deadline = Instant::now() + self.patience;
+        let since = SystemClock::default();
         let wanted: Vec<PathBuf> = disks.iter().map(|p| real(p)).collect();
-        let names = self.ask(&["list", "--all", "--name"], deadline)?;
+        let names = self.ask(&["list", "--all", "--name"], &since)?;
         for name in names.lines().map(str::trim).filter(|name| !name.is_empty()) {
-            let Some(listed) = self.ask(&["domblklist", "--details", "--domain", name], deadline) else {
+            let Some(listed) = self.ask(&["domblklist", "--details", "--domain", name], &since) else {
                 continue;
             };
             if sources(&listed).iter().any(|source| wanted.contains(&real(source))) {
-                return self.domain(name, deadline);
+                return self.domain(name, &since);
             }
         }
         None
     }
 
-    fn domain(&self, name: &str, deadline: Instant) -> Option<Domain> {
-        let uuid = self.ask(&["domuuid", "--domain", name], deadline)?.trim().parse().ok()?;
+    fn domain(&self, name: &str, since: &SystemClock) -> Option<Domain> {
+        let uuid = self.ask(&["domuuid", "--domain", name], since)?.trim().parse().ok()?;
         let xml = self
-            .ask(&["dumpxml", "--inactive", "--domain", name], deadline)
-            .or_else(|| self.ask(&["dumpxml", "--domain", name], deadline))?;
+            .ask(&["dumpxml", "--inactive", "--domain", name], since)
+            .or_else(|| self.ask(&["dumpxml", "--domain", name], since))?;
         Some(Domain { name: name.to_owned(), uuid, xml })
     }
 
     /// The output of one question; `None` if it fails or takes too long.
-    fn ask(&self, arguments: &[&str], deadline: Instant) -> Option<String> {
+    fn ask(&self, arguments: &[&str], since: &SystemClock) -> Option<String> {
         let mut child = Command::new(&self.program)
             .args(["-c", "qemu:///system", "-q"])
             .args(arguments)
@@ -136,7 +136,7 @@ impl Virsh {
             .stderr(Stdio::null())
             .spawn()
             .ok()?;
-        let text = read_until(&mut child, deadline);
+        let text = read_for(&mut child, self.patience.saturating_sub(since.monotonic()));
         if text.is_none() {
             log::warn!("libvirt did not answer `virsh {}` in time", arguments.join(" "));
             // It may have ended meanwhile; then there is nothing to kill.
@@ -147,8 +147,8 @@ impl Virsh {
     }
 }
 
-/// Reads what a child says until it closes its output; `None` at the deadline.
-fn read_until(child: &mut Child, deadline: Instant) -> Option<String> {
+/// Reads what a child says until it closes its output; `None` if it takes longer.
+fn read_for(child: &mut Child, patience: Duration) -> Option<String> {
     let output = child.stdout.take()?;
     let (sender, receiver) = crossbeam_channel::bounded(1);
     std::thread::Builder::new()
@@ -156,11 +156,11 @@ fn read_until(child: &mut Child, deadline: Instant) -> Option<String> {
         .spawn(move || {
             let mut bytes = Vec::new();
             let read = output.take(OUTPUT_BYTES_MAX).read_to_end(&mut bytes);
-            // Nobody listens any more after the deadline.
+            // Nobody listens any more after that time.
             let _ = sender.send(read.map(|_| String::from_utf8_lossy(&bytes).into_owned()));
         })
         .ok()?;
-    receiver.recv_deadline(deadline).ok()?.ok()
+    receiver.recv_timeout(patience).ok()?.ok()
 }
 
 /// The paths in the answer of `domblklist --details`: type, device, target, source.

@@ -147,7 +147,11 @@ impl CloneMount {
     /// [`ErrorKind::Busy`] while files in it are open. After an umount from outside this is still
     /// to be called (or the value dropped) before the overlay can be used again.
     pub fn unmount(&self) -> Result<()> {
-        self.mount.unmount()?;
+        if let Err(e) = self.mount.unmount() {
+            // It may be the end of the daemon: what was written so far is to be found again.
+            self.clone.sync_all()?;
+            return Err(e);
+        }
         self.clone.close()
     }
 
@@ -244,9 +248,13 @@ impl Clone {
         if lock.is_none() {
             return Ok(());
         }
-        let synced = self.disks.iter().try_for_each(|disk| disk.sync(true));
+        let synced = self.sync_all();
         *lock = None;
         synced
+    }
+
+    fn sync_all(&self) -> Result<()> {
+        self.disks.iter().try_for_each(|disk| disk.sync(true))
     }
 
     /// The errno of an error; what is more than a plain answer goes to the log, once, here.

@@ -24,7 +24,7 @@ const THREADS: usize = 4;
 /// Every file-system type of ours begins so.
 const TYPE_PREFIX: &str = "fuse.afterimage";
 /// Threads of a removed mount end within so long, unless another mount namespace keeps it.
-const END_SECONDS_MAX: u64 = 5;
+const END_SECONDS_MAX: u64 = 10;
 
 /// Owner and mode that the files of a view get: those of the folder that it is mounted on.
 #[derive(Clone, Copy, Debug)]
@@ -140,10 +140,19 @@ impl Mountpoint {
         if !self.is_mounted() {
             return Ok(());
         }
-        if self.dir.metadata().context(what)?.dev() != self.device {
-            return Err(Error::new(ErrorKind::Refused, what())
-                .why("another file system is mounted over it")
-                .hint(format!("umount {}", shell(&self.dir))));
+        let here = mounts_on(&self.dir)?;
+        match here.iter().position(|(device, _)| *device == self.device) {
+            // Removed from outside a moment ago.
+            None => {
+                self.wait_for_end();
+                return Ok(());
+            }
+            Some(place) if place + 1 < here.len() => {
+                return Err(Error::new(ErrorKind::Refused, what())
+                    .why("another file system is mounted over it")
+                    .hint(format!("umount {}", shell(&self.dir))));
+            }
+            Some(_) => {}
         }
         umount2(&self.dir, MntFlags::UMOUNT_NOFOLLOW).context(what).map_err(|e| match e.errno() {
             Some(libc::EBUSY) => e
@@ -152,21 +161,27 @@ impl Mountpoint {
                 .hint(format!("fuser -vm {}", shell(&self.dir))),
             _ => e,
         })?;
-        match self.ended.recv_timeout(Duration::from_secs(END_SECONDS_MAX)) {
-            Err(RecvTimeoutError::Timeout) => {
-                log::warn!("{} is unmounted, but another mount namespace still uses it", self.dir.display());
-            }
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => {}
-        }
+        self.wait_for_end();
         Ok(())
+    }
+
+    fn wait_for_end(&self) {
+        let patience = Duration::from_secs(END_SECONDS_MAX);
+        if self.ended.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("{} is unmounted, but another mount namespace still uses it", self.dir.display());
+        }
     }
 }
 
 impl Drop for Mountpoint {
     fn drop(&mut self) {
-        if let Err(e) = self.unmount() {
-            log::warn!("{e}; it goes away when its last user does");
-            drop(Detach(&self.dir));
+        match self.unmount() {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::Busy => {
+                log::warn!("{e}; it goes away when its last user does");
+                drop(Detach(&self.dir));
+            }
+            Err(e) => log::warn!("{e}"),
         }
     }
 }
@@ -226,18 +241,24 @@ fn clear_dead(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The file systems mounted on exactly this folder, the one on top last: device and type.
+fn mounts_on(dir: &Path) -> Result<Vec<(u64, String)>> {
+    let table = std::fs::read("/proc/self/mountinfo").context(|| "cannot read /proc/self/mountinfo")?;
+    let lines = table.split(|b| *b == b'\n').filter_map(|line| {
+        let mut fields = line.split(|b| *b == b' ');
+        let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
+        let device = nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?);
+        let mount_point = unescape(fields.nth(1)?);
+        let kind = fields.skip_while(|f| *f != b"-").nth(1)?;
+        let is_here = mount_point == dir.as_os_str().as_bytes();
+        is_here.then(|| (device, String::from_utf8_lossy(kind).into_owned()))
+    });
+    Ok(lines.collect())
+}
+
 /// Type of the file system on top of those mounted on exactly this folder.
 fn mounted_on(dir: &Path) -> Result<Option<String>> {
-    let table = std::fs::read("/proc/self/mountinfo").context(|| "cannot read /proc/self/mountinfo")?;
-    let on_dir = |line: &&[u8]| {
-        let mount_point = line.split(|b| *b == b' ').nth(4).unwrap_or_default();
-        unescape(mount_point) == dir.as_os_str().as_bytes()
-    };
-    let last = table.split(|b| *b == b'\n').filter(on_dir).next_back();
-    Ok(last.map(|line| {
-        let mut fields = line.split(|b| *b == b' ').skip_while(|f| *f != b"-");
-        String::from_utf8_lossy(fields.nth(1).unwrap_or_default()).into_owned()
-    }))
+    Ok(mounts_on(dir)?.pop().map(|(_, kind)| kind))
 }
 
 /// Undoes the `\040` of mountinfo.

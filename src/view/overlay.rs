@@ -463,7 +463,9 @@ mod tests {
     proptest! {
         /// The bitmap against a vector of booleans, over page boundaries.
         #[test]
-        fn bits_equal_a_vector_of_booleans(ops in prop::collection::vec((0u8..4, 0u64..200, 0u64..80), 1..40)) {
+        fn bits_equal_a_vector_of_booleans(
+            ops in prop::collection::vec((0u8..4, 0u64..200, 0u64..80), 1..40),
+        ) {
             let base = PAGE_BLOCKS - 100;
             let mut bits = Bits::default();
             let mut twin = vec![false; 300];

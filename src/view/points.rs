@@ -218,11 +218,12 @@ impl Points {
     }
 
     fn find_vm(&self, name: &OsStr) -> Result<Option<VmId>> {
-        let find = |list: &[StoredVm]| list.iter().find(|vm| name == vm.name.as_str()).map(|vm| vm.id);
-        match find(&self.vms(false)?) {
-            Some(vm) => Ok(Some(vm)),
-            None => Ok(find(&self.vms(true)?)),
-        }
+        let find = |list: &[StoredVm]| shown(list).into_iter().find(|(shown, _)| name == shown.as_str());
+        let found = match find(&self.vms(false)?) {
+            Some(found) => Some(found),
+            None => find(&self.vms(true)?),
+        };
+        Ok(found.map(|(_, vm)| vm))
     }
 
     fn find_point(&self, vm: VmId, id: PointId) -> Result<Option<PointInfo>> {
@@ -355,9 +356,9 @@ impl Points {
         let key = self.key(ino)?;
         let (parent, lines) = match key {
             Key::Root => {
-                let vms = self.told(self.vms(true))?;
-                let line = |vm: &StoredVm| (Key::Vm(vm.id), FileType::Directory, vm.name.as_str().into());
-                (key, vms.iter().map(line).collect())
+                let vms = shown(&self.told(self.vms(true))?);
+                let line = |(name, vm): (String, VmId)| (Key::Vm(vm), FileType::Directory, name.into());
+                (key, vms.into_iter().map(line).collect())
             }
             Key::Vm(vm) => (Key::Root, self.lines_of_vm(vm)?),
             Key::Node(vm, point, node) => {
@@ -445,6 +446,21 @@ impl Points {
             errno_of(&e)
         })
     }
+}
+
+/// The folders of VMs. The name of a VM is its label: of two VMs with one name (in two vaults,
+/// say) the later one is shown with the beginning of its UUID.
+fn shown(vms: &[StoredVm]) -> Vec<(String, VmId)> {
+    let mut names = HashMap::new();
+    let mut lines: Vec<(String, VmId)> = Vec::new();
+    for vm in vms {
+        match names.insert(vm.name.as_str(), vm.id) {
+            None => lines.push((vm.name.to_string(), vm.id)),
+            Some(_) if lines.iter().any(|(_, id)| *id == vm.id) => {}
+            Some(_) => lines.push((format!("{} ({:.8})", vm.name, vm.id.to_string()), vm.id)),
+        }
+    }
+    lines
 }
 
 /// A point that was dropped while the kernel still knew it.

@@ -279,7 +279,7 @@ impl<'a> Job<'a> {
     fn stage(&mut self, path: &Path) -> Result<Staged> {
         let target = self.to.join(path);
         if let Some(folder) = target.parent() {
-            self.make_folder(&folder.to_owned())?;
+            self.make_folder(folder)?;
         }
         let name = OsString::from(format!(".afterimage-restore-{:08x}", rand::random::<u32>()));
         let temporary = target.with_file_name(name);
@@ -350,13 +350,13 @@ impl<'a> Job<'a> {
     /// Gives every file its name. If one of them cannot get it, those that this call named anew
     /// are taken away again.
     fn name_all(&mut self) -> Result<()> {
-        let mut named = Vec::new();
+        let mut named: Vec<PathBuf> = Vec::new();
         for staged in &mut self.staged {
             let was_there = fs::symlink_metadata(&staged.path).is_ok();
             if let Err(e) = name_one(staged, self.force) {
                 for path in named {
                     if let Err(e) = fs::remove_file(&path) {
-                        log::warn!("{} is left behind: {e}", PathBuf::from(path).display());
+                        log::warn!("{} is left behind: {e}", path.display());
                     }
                 }
                 return Err(e);

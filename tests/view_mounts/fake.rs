@@ -97,10 +97,13 @@ impl PointReader for FakePoint {
     }
 }
 
+/// A VM: its id, its name, its points, oldest first.
+pub type FakeVm = (VmId, String, Vec<Arc<FakePoint>>);
+
 /// A vault in memory.
 #[derive(Default)]
 pub struct FakeStore {
-    pub vms: Mutex<Vec<(VmId, String, Vec<Arc<FakePoint>>)>>,
+    pub vms: Mutex<Vec<FakeVm>>,
 }
 
 impl FakeStore {
@@ -133,7 +136,7 @@ fn not_asked<T>() -> Result<T> {
 impl PointStore for FakeStore {
     fn vms(&self) -> Result<Vec<StoredVm>> {
         let vms = self.vms.lock().unwrap();
-        let stored = |(id, name, points): &(VmId, String, Vec<Arc<FakePoint>>)| StoredVm {
+        let stored = |(id, name, points): &FakeVm| StoredVm {
             id: *id,
             name: name.parse().unwrap(),
             points: points.len() as u64,

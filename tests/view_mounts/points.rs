@@ -139,6 +139,11 @@ fn points_come_and_go_while_it_is_mounted() {
     let other = w.store.add_vm("db");
     w.store.add(other, FakePoint::new(1, &[("d", vec![1; 10])]));
     assert_eq!(fs::read(w.at.join("db/latest/d")).unwrap(), vec![1; 10]);
+    let twin = w.store.add_vm("db");
+    assert_eq!(
+        names(&w.at.0),
+        ["db".to_owned(), format!("db ({:.8})", twin.to_string()), "web 1 \u{e4}".into()]
+    );
     assert_eq!(fs::metadata(w.at.join("none")).unwrap_err().kind(), IoKind::NotFound);
     assert_eq!(fs::metadata(vm.join("02-abcd0002")).unwrap_err().kind(), IoKind::NotFound);
 }

@@ -15,7 +15,7 @@ use crate::fake::{FakePoint, alone, pattern, run};
 
 fn holey() -> Vec<u8> {
     let mut disk = pattern(3, 3_000_000);
-    disk.resize(64 << 20, 0);
+    disk.resize(8 << 20, 0);
     disk.extend(pattern(4, 777));
     disk
 }
