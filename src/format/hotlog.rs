@@ -50,6 +50,7 @@ const _: () = assert!(4 + 4 + 16 + 5 * 8 == HOT_RECORD_BYTES);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct HotHeader {
     /// Id of the log; tells a foreign one.
+    #[serde(serialize_with = "as_hex")]
     pub log: u128,
     /// Counts the files; the highest is the log.
     pub generation: u64,
@@ -259,6 +260,10 @@ pub struct HotReport {
     pub is_whole: bool,
     /// Offset of a record that cannot be read although later ones can.
     pub damaged_at: Option<u64>,
+}
+
+fn as_hex<S: serde::Serializer>(id: &u128, s: S) -> std::result::Result<S::Ok, S::Error> {
+    s.collect_str(&format_args!("{id:032x}"))
 }
 
 fn as_extents<S: serde::Serializer>(

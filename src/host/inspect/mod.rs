@@ -6,6 +6,7 @@
 
 mod documents;
 mod frames;
+mod hotlog;
 mod hrl;
 mod overlay;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use serde_json::Value;
 use crate::base::error::Context;
 use crate::base::{Error, ErrorKind, Result, VmId};
 use crate::format::frames::FramesKind;
+use crate::format::hotlog::HOT_MAGIC;
 use crate::format::hrl::{HRL_HEADER_BYTES, HrlHeader, is_hrl_header};
 use crate::format::overlay::is_overlay;
 
@@ -118,6 +120,9 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     }
     if let Some(kind) = FramesKind::of_header(&first) {
         return frames::inspect(path, &file, metadata.len(), kind);
+    }
+    if first.starts_with(&HOT_MAGIC) {
+        return hotlog::inspect(path);
     }
     if is_overlay(&first) {
         return overlay::inspect(path, &first, metadata.len());

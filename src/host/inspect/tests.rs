@@ -221,3 +221,22 @@ fn the_map_of_a_clone_counts_its_blocks() {
     bytes[slot + 40] ^= 1;
     assert_eq!(inspect(&file(&dir, &bytes)).unwrap_err().kind(), ErrorKind::Damaged);
 }
+
+#[test]
+fn the_hot_region_log_is_told_in_words() {
+    use crate::format::hotlog::{HotHeader, HotKind, HotRecord};
+    let dir = tempfile::tempdir().unwrap();
+    let header = HotHeader { log: u128::MAX, generation: 2, nonce: 3, boot: BootId(4), last_activation: 5 };
+    let mut bytes = header.encode();
+    let record = |kind, activation| HotRecord { kind, disk: DiskId(7), start: 10, length: 3, activation };
+    bytes.extend(record(HotKind::Snapshot, 5).encode(header.nonce, 0));
+    bytes.extend(record(HotKind::Hot, 6).encode(header.nonce, 1));
+    bytes.extend([0; 640]);
+    let found = inspect(&file(&dir, &bytes)).unwrap();
+    assert!(found.healthy);
+    assert!(found.words.iter().any(|w| w.contains("3 hot regions (12.0 MiB)")), "{found:?}");
+    bytes[4096 + 20] ^= 1;
+    assert!(!inspect(&file(&dir, &bytes)).unwrap().healthy);
+    bytes[40] ^= 1;
+    assert_eq!(inspect(&file(&dir, &bytes)).unwrap_err().kind(), ErrorKind::Damaged);
+}
