@@ -359,7 +359,10 @@ mod tests {
     proptest! {
         /// No bytes make the decoder panic or allocate without bound.
         #[test]
-        fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..400), total in any::<u64>()) {
+        fn any_bytes_are_survived(
+            bytes in prop::collection::vec(any::<u8>(), 0..400),
+            total in any::<u64>(),
+        ) {
             let _ = PartReader::new(&bytes);
             let _ = PartIndex::decode(&bytes, total);
         }
@@ -375,7 +378,11 @@ mod tests {
                 if taken.intersects(range.clone()) { continue; }
                 taken.insert(range.clone());
                 let length = (range.end - range.start) as usize;
-                let data = match kind { 0 => vec![0; length], 1 => vec![9; length], _ => noise(length, i as u64) };
+                let data = match kind {
+                    0 => vec![0; length],
+                    1 => vec![9; length],
+                    _ => noise(length, i as u64),
+                };
                 image[range.start as usize..range.end as usize].copy_from_slice(&data);
                 if kind == 0 { b.add_hole(A, range.start, length as u64).unwrap() }
                 else { b.add_data(A, range.start, &data).unwrap() }

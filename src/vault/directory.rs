@@ -5,13 +5,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
 use super::layout::{VmDir, bytes_below, make_dir, names, remove_dir};
 use super::steps::Steps;
-use super::store::{VmStore, lock};
+use super::store::{Shared, VmStore, lock};
 use super::{apply, diskfile, expire, inbox, opening, reader, verify};
 use crate::base::durable::{read_limited, sync_dir, write_atomic};
 use crate::base::error::Context;
@@ -349,17 +349,11 @@ impl PointStore for DirectoryVault {
 
     fn wait_applied(&self, vm: VmId, patience: Duration) -> Result<bool> {
         let store = self.store(vm)?;
-        let until = Instant::now().checked_add(patience);
-        let mut shared = lock(&store.shared);
-        while !shared.queue.is_empty() {
-            let left =
-                until.map_or(Duration::from_secs(3600), |u| u.saturating_duration_since(Instant::now()));
-            if left.is_zero() || store.steps.is_stopped() {
-                return Ok(false);
-            }
-            shared = store.changed.wait_timeout(shared, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        Ok(true)
+        let shared = lock(&store.shared);
+        let is_waiting = |s: &mut Shared| !s.queue.is_empty() && !store.steps.is_stopped();
+        let waited = store.changed.wait_timeout_while(shared, patience, is_waiting);
+        let (shared, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        Ok(shared.queue.is_empty())
     }
 
     fn verify(&self, vm: VmId) -> Result<Vec<String>> {

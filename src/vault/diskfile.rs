@@ -164,7 +164,7 @@ impl DiskFile {
     pub fn damaged(&self, offset: u64) -> Error {
         Error::new(ErrorKind::Damaged, format!("disk {} is damaged in the vault at byte {offset}", self.id))
             .why("the block does not match its checksum")
-            .hint("check the disks of the vault, then: afterimage sync NAME --wait after rewriting the block, or restore an older point")
+            .hint("check the disks of the vault; afterimage points NAME shows older points to restore")
     }
 
     /// The first run of data at or after `offset`, in whole blocks; `None`: only holes.

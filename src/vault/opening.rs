@@ -3,7 +3,7 @@
 //! | found | means | done |
 //! | --- | --- | --- |
 //! | `vms/.new-*`, `vms/.purged-*` | registration or purge was interrupted | removed |
-//! | file in `points/` that `state.json` does not name | undo log not published yet, or superseded | removed |
+//! | file in `points/` that `state.json` does not name | unpublished or superseded log | removed |
 //! | undo log of the epoch that is *applying* | A1: it is complete | published; the apply is repeated |
 //! | inbox of an applied epoch | removal was interrupted | removed |
 //! | inbox with a manifest whose parent is the head | committed | applied |
