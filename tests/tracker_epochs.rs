@@ -5,8 +5,9 @@ mod tracker_rig;
 
 use std::time::Duration;
 
-use afterimage::base::BootId;
+use afterimage::base::{BootId, DiskId};
 use afterimage::core::ports::source::{BlocksByDisk, CutKind, Source};
+use afterimage::core::ports::tracking::{Change, TrackedDisk};
 use tracker_rig::{BLOCK, Rig};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -132,4 +133,104 @@ fn hrls_hold_what_was_written() {
     assert_eq!(rig.hrls(0).len(), 1);
     vm.forget().unwrap();
     assert_eq!(rig.hrls(0).len(), 0);
+}
+
+/// T5: an operation that would preserve more than 16 MiB makes the epoch give up its cut; its
+/// blocks stay pending until acknowledged.
+#[test]
+fn a_large_discard_gives_up_the_cut_and_nothing_is_lost() {
+    let mut rig = Rig::new(40, 48 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.write_at(0, 0, 20 << 20);
+    let vm = rig.vm();
+    vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
+    vm.drain(PATIENCE).unwrap().unwrap();
+    rig.change_one(0, Change::Zero { offset: 0, length: 20 << 20 });
+    assert!(vm.has_given_up());
+    assert_eq!(vm.give_ups().in_a_row, 1);
+    vm.give_up().unwrap();
+    assert_eq!(vm.pending().values().map(|s| s.total()).sum::<u64>(), 5120);
+    assert_eq!(vm.frozen_blocks().values().map(|s| s.total()).sum::<u64>(), 5120);
+    rig.reopen(BootId(1));
+    assert_eq!(rig.vm().pending().values().map(|s| s.total()).sum::<u64>(), 5120);
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+}
+
+/// T10: a writer that is in flight at the cut grows the file after it: the size follows.
+#[test]
+fn late_growth_belongs_to_the_cut() {
+    let mut rig = Rig::new(42, 1 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    let vm = rig.vm();
+    let disk = vm.disk(DiskId(1)).unwrap();
+    let ticket = disk.begin(Change::Write { offset: 1 << 20, length: 10 }).unwrap();
+    vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
+    assert!(vm.drain(Duration::ZERO).unwrap().is_none(), "a writer is still there");
+    rig.raw_write(0, 1 << 20, &[7; 10]);
+    disk.end(ticket, Ok(10));
+    let cut = vm.drain(PATIENCE).unwrap().unwrap();
+    assert_eq!(cut.disks[0].size, (1 << 20) + 10);
+    // Growing by 4 TiB marks two blocks.
+    rig.change_one(0, Change::Truncate { from: (1 << 20) + 10, to: 4 << 40 });
+    assert_eq!(vm.marked_bytes(), 2 * BLOCK);
+    assert_eq!(vm.drain(PATIENCE).unwrap().unwrap().disks[0].size, (1 << 20) + 10);
+}
+
+/// T9: after a failed sync everything written since the last good one is marked again.
+#[test]
+fn a_failed_sync_marks_what_was_written_since_the_last_good_one() {
+    let mut rig = Rig::new(44, 16 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    let vm = rig.vm();
+    let disk = vm.disk(DiskId(1)).unwrap();
+    rig.write_at(0, 0, 10);
+    let good = disk.sync_begins();
+    disk.sync_ended(good, Ok(()));
+    rig.write_at(0, 9 << 20, 10);
+    rig.ship_everything();
+    assert_eq!(vm.marked_bytes(), 0);
+    rig.write_at(0, 9 << 20, 10);
+    let bad = disk.sync_begins();
+    disk.sync_ended(bad, Err(nix::errno::Errno::EIO));
+    assert_eq!(vm.marked_bytes(), 4 << 20);
+}
+
+/// T8: the log is gone: the disk gets the untracked mark, writes go on, and after a loss of power
+/// it is whole.
+#[test]
+fn without_a_log_the_disk_is_marked_untracked() {
+    let mut rig = Rig::new(46, 32 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.stop_threads();
+    rig.write_at(0, 30 << 20, 10);
+    rig.reopen(BootId(2));
+    let labels: Vec<_> = rig.vm().recovered().iter().map(|r| r.label).collect();
+    assert_eq!(labels, ["untracked", "power-lost"]);
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+    rig.reopen(BootId(3));
+    assert!(rig.vm().recovered().iter().all(|r| r.label == "power-lost"));
+}
+
+/// A disk moves to another folder and the longest name: its HRLs follow and are found again.
+#[test]
+fn hrls_follow_a_renamed_disk() {
+    let mut rig = Rig::new(48, 1 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.write_at(0, 0, 10);
+    rig.rename_first_disk(&"n".repeat(255));
+    assert!(rig.vm().has_changes());
+    rig.vm().flush().unwrap();
+    rig.write_at(0, 8 * BLOCK, 10);
+    rig.reopen(BootId(1));
+    assert!(rig.vm().recovered().iter().all(|r| r.label == "shared-memory"));
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+    assert_eq!(rig.hrls(0).len(), 1);
 }

@@ -28,6 +28,8 @@ pub struct Rig {
     size_max: u64,
     tracker: Option<Tracker>,
     vm: Option<Arc<VmTracker>>,
+    /// Where the first disk is.
+    first: PathBuf,
     /// What the vault would have.
     replica: BTreeMap<DiskId, Vec<u8>>,
 }
@@ -68,7 +70,15 @@ impl Rig {
         let dir = dir.unwrap();
         let random = SmallRng::seed_from_u64(seed);
         std::fs::create_dir(dir.path().join("state")).unwrap();
-        let mut rig = Self { dir, random, size_max, tracker: None, vm: None, replica: BTreeMap::new() };
+        let mut rig = Self {
+            dir,
+            random,
+            size_max,
+            tracker: None,
+            vm: None,
+            first: "disk1.img".into(),
+            replica: BTreeMap::new(),
+        };
         for id in 1..=DISKS {
             let content: Vec<u8> = (0..size_max / 2).map(|i| (i / BLOCK % 251) as u8 + 1).collect();
             std::fs::write(rig.path(id), content).unwrap();
@@ -78,7 +88,10 @@ impl Rig {
     }
 
     fn path(&self, id: u128) -> PathBuf {
-        self.dir.path().join(format!("disk{id}.img"))
+        match id {
+            1 => self.dir.path().join(&self.first),
+            _ => self.dir.path().join(format!("disk{id}.img")),
+        }
     }
 
     fn file(&self, id: u128) -> File {
@@ -94,10 +107,10 @@ impl Rig {
         let tracker = Tracker::open(&state, boot, Arc::new(SystemClock::default())).unwrap();
         let spec = |id: u128| DiskSpec {
             id: DiskId(id),
-            path: format!("disk{id}.img").into(),
+            path: self.path(id).strip_prefix(self.dir.path()).unwrap().to_owned(),
             lower: self.file(id),
-            folder: File::open(self.dir.path()).unwrap(),
-            file_name: format!("disk{id}.img").into(),
+            folder: File::open(self.path(id).parent().unwrap()).unwrap(),
+            file_name: self.path(id).file_name().unwrap().to_owned(),
             backing: None,
         };
         let specs = (1..=DISKS).map(spec).collect();
@@ -144,6 +157,29 @@ impl Rig {
             let fill = self.random.random();
             apply(&self.vm().disk(DiskId(id)).unwrap(), &self.file(id), change, fill);
         }
+    }
+
+    pub fn change_one(&mut self, disk: usize, change: Change) {
+        let id = disk as u128 + 1;
+        apply(&self.vm().disk(DiskId(id)).unwrap(), &self.file(id), change, 1);
+    }
+
+    pub fn raw_write(&self, disk: usize, offset: u64, bytes: &[u8]) {
+        self.file(disk as u128 + 1).write_all_at(bytes, offset).unwrap();
+    }
+
+    pub fn stop_threads(&self) {
+        self.tracker.as_ref().unwrap().stop();
+    }
+
+    pub fn rename_first_disk(&mut self, name: &str) {
+        let folder = self.dir.path().join("sub");
+        std::fs::create_dir_all(&folder).unwrap();
+        let old = self.path(1);
+        self.first = PathBuf::from("sub").join(name);
+        std::fs::rename(old, self.path(1)).unwrap();
+        let folder = File::open(folder).unwrap();
+        self.vm().rename_disk(DiskId(1), self.first.clone(), folder, name.into()).unwrap();
     }
 
     pub fn change_beneath(&mut self) {
@@ -269,7 +305,8 @@ impl Rig {
 
     pub fn hrls(&self, disk: usize) -> Vec<HrlReport> {
         let id = DiskId(disk as u128 + 1);
-        let mut reports: Vec<_> = std::fs::read_dir(self.dir.path())
+        let folder = self.path(disk as u128 + 1).parent().unwrap().to_owned();
+        let mut reports: Vec<_> = std::fs::read_dir(folder)
             .unwrap()
             .map(|e| e.unwrap().path())
             .filter(|p| p.extension().is_some_and(|e| e == "hrl"))
