@@ -140,6 +140,11 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         if let Some(engine) = self.engine.take() {
+            // What a VM has outside of our folder (shared memory) goes with its protection.
+            let report = engine.status(StatusRequest::default());
+            for vm in report.map(|r| r.vms).unwrap_or_default() {
+                let _ = engine.unprotect(UnprotectRequest { vm: vm.name.to_string(), purge: false });
+            }
             engine.stop();
         }
         // After a failed test something may still be open: the mount must not stay.

@@ -29,6 +29,7 @@ mod node;
 mod ops;
 mod pool;
 mod ranges;
+mod succession;
 mod sys;
 mod xattr;
 

@@ -23,6 +23,7 @@ use super::lower::LowerFile;
 use super::mountinfo::{MOUNT_TYPE, clear_dead_mount, refuse_shared, top_mount};
 use super::node::lock;
 use super::ops::Filter;
+use super::succession::{Aside, absolute_of_dead, is_dead, without_dead};
 use crate::base::error::Context;
 use crate::base::{Error, ErrorKind, FileKey, Result};
 use crate::core::ports::names::NameWatcher;
@@ -147,29 +148,29 @@ impl Mount {
     /// Opens the lower directory, so that disks can be attached before anything is mounted. A
     /// dead mount of ours at `dir` is removed.
     pub fn prepare(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Prepared> {
-        for directory in [&spec.source, &spec.dir] {
-            // A dead mount has no canonical form, since its root cannot be looked at.
-            clear_dead_mount(directory)?;
-        }
-        let spec = MountSpec { source: absolute(&spec.source)?, dir: absolute(&spec.dir)?, ..spec };
+        // A dead mount has no canonical form, since its root cannot be looked at.
+        let real = |d: &Path| if is_dead(d) { absolute_of_dead(d) } else { absolute(d) };
+        let spec = MountSpec { source: real(&spec.source)?, dir: real(&spec.dir)?, ..spec };
         let what = || format!("the filter cannot be mounted over {}", spec.dir.display());
         for directory in [&spec.source, &spec.dir] {
-            if clear_dead_mount(directory)? > 0 {
-                log::warn!("removed a mount over {} whose daemon is dead", directory.display());
-            }
-            if top_mount(directory)?.is_some_and(|m| m.kind == MOUNT_TYPE) {
+            if !is_dead(directory) && top_mount(directory)?.is_some_and(|m| m.kind == MOUNT_TYPE) {
                 return Err(Error::new(ErrorKind::Exists, what())
                     .why(format!("a filter is mounted over {} already", directory.display()))
                     .hint(format!("afterimage umount {}", directory.display())));
             }
         }
-        if !spec.single_host {
-            refuse_shared(&spec.source)?;
-        }
         if let Err(e) = super::memory::raise_descriptor_limit() {
             log::warn!("{e}");
         }
-        let filter = Arc::new(Filter::over(&spec.source)?);
+        let open = || {
+            if !spec.single_host {
+                refuse_shared(&spec.source)?;
+            }
+            Filter::over(&spec.source)
+        };
+        let mut dead = vec![spec.source.as_path(), spec.dir.as_path()];
+        dead.retain(|d| is_dead(d));
+        let filter = Arc::new(if dead.is_empty() { open()? } else { without_dead(&dead, open)? });
         filter.set_watcher(Some(watcher));
         Ok(Prepared { spec, filter })
     }
@@ -280,11 +281,40 @@ impl Prepared {
         self.filter.lower.root()
     }
 
-    /// Mounts and serves.
+    /// Mounts and serves. A dead mount of ours is replaced without baring the directory.
     pub fn serve(self) -> Result<Mount> {
+        let what = || format!("the filter cannot be mounted over {}", self.spec.dir.display());
+        let state = if is_dead(&self.spec.dir) {
+            log::warn!("replacing a mount over {} whose daemon is dead", self.spec.dir.display());
+            self.succeed_dead()?
+        } else {
+            self.serve_at(&self.spec.dir)?
+        };
+        let top = top_mount(&self.spec.dir)?
+            .ok_or_else(|| Error::new(ErrorKind::Io, what()).why("it is gone already"))?;
         let Self { spec, filter } = self;
-        let what = || format!("the filter cannot be mounted over {}", spec.dir.display());
-        let flags = mount_flags(&spec.options, filter.lower.root())?;
+        log::info!("mounted {} over {}", spec.source.display(), spec.dir.display());
+        Ok(Mount { spec, filter, device: top.device, state })
+    }
+
+    fn succeed_dead(&self) -> Result<Arc<State>> {
+        let aside = Aside::make()?;
+        let state = self.serve_at(aside.path())?;
+        if aside.succeed(&self.spec.dir)? {
+            return Ok(state);
+        }
+        let dir = self.spec.dir.display();
+        log::warn!(
+            "{dir} is bare for a moment (this kernel cannot mount beneath): whoever opens an image now bypasses the filter"
+        );
+        clear_dead_mount(&self.spec.dir)?;
+        self.serve_at(&self.spec.dir)
+    }
+
+    /// Mounts at `place` and starts the event loops.
+    fn serve_at(&self, place: &Path) -> Result<Arc<State>> {
+        let what = || format!("the filter cannot be mounted over {}", place.display());
+        let flags = mount_flags(&self.spec.options, self.filter.lower.root())?;
         let fuse = open_device().map_err(|e| {
             e.hint("load the module, as in: modprobe fuse; in a container, pass /dev/fuse into it")
         })?;
@@ -292,21 +322,13 @@ impl Prepared {
             "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
             fuse.as_raw_fd()
         );
-        mount(Some(&spec.source), &spec.dir, Some(MOUNT_TYPE), flags, Some(data.as_str())).context(what)?;
+        mount(Some(&self.spec.source), place, Some(MOUNT_TYPE), flags, Some(data.as_str())).context(what)?;
         let state = Arc::new(State::default());
-        let started = serve(&filter, fuse, &spec.dir, state.clone())
-            .and_then(|()| top_mount(&spec.dir))
-            .and_then(|top| top.ok_or_else(|| Error::new(ErrorKind::Io, what()).why("it is gone already")));
-        match started {
-            Ok(top) => {
-                log::info!("mounted {} over {}", spec.source.display(), spec.dir.display());
-                Ok(Mount { spec, filter, device: top.device, state })
-            }
-            Err(e) => {
-                let _ = umount2(&spec.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-                Err(e)
-            }
+        if let Err(e) = serve(&self.filter, fuse, &self.spec.dir, state.clone()) {
+            let _ = umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+            return Err(e);
         }
+        Ok(state)
     }
 }
 

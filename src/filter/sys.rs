@@ -80,6 +80,24 @@ impl RawHandle {
     }
 }
 
+/// Puts a detached mount beneath the mount on top at `path` (Linux 6.5; before: EINVAL).
+pub(super) fn move_beneath(tree: impl AsFd, path: &CStr) -> Result<()> {
+    // From `linux/mount.h`: MOVE_MOUNT_F_EMPTY_PATH and MOVE_MOUNT_BENEATH.
+    const FLAGS: libc::c_uint = 0x4 | 0x200;
+    // SAFETY: a plain system call with valid C strings.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            FLAGS,
+        )
+    };
+    Errno::result(rc).map(drop)
+}
+
 /// A detached, private clone of the mount at `path` with `path` as its root: what is mounted below
 /// `path`, now or later, is not in it.
 pub(super) fn clone_mount(path: &CStr) -> Result<OwnedFd> {
