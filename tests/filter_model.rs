@@ -470,3 +470,63 @@ proptest! {
         run(&steps);
     }
 }
+
+/// Design, section 3: a reused inode is ESTALE, never another file.
+#[test]
+fn a_reused_inode_is_stale_and_a_new_node() {
+    let folder = tempfile::tempdir().unwrap();
+    let filter = Filter::over(folder.path()).unwrap();
+    let path = folder.path().join("a");
+    fs::write(&path, "old").unwrap();
+    let (old, before) = filter.lookup(ROOT, OsStr::new("a")).unwrap();
+    // Beneath the filter, until the file system hands the number out again.
+    for _ in 0..1000 {
+        fs::remove_file(&path).unwrap();
+        assert_eq!(filter.getattr(old, None).map(drop), Err(Errno::ESTALE));
+        fs::write(&path, "new").unwrap();
+        if fs::metadata(&path).unwrap().ino() == before.st_ino {
+            break;
+        }
+    }
+    assert_eq!(fs::metadata(&path).unwrap().ino(), before.st_ino, "the number was not reused");
+    assert_eq!(filter.getattr(old, None).map(drop), Err(Errno::ESTALE));
+    assert_eq!(filter.open(old, libc::O_RDONLY), Err(Errno::ESTALE));
+    let (new, _) = filter.lookup(ROOT, OsStr::new("a")).unwrap();
+    assert_ne!(new, old);
+    assert_eq!(filter.lookup(ROOT, OsStr::new("a")).unwrap().0, new);
+    let handle = filter.open(new, libc::O_RDONLY).unwrap();
+    assert_eq!(filter.read(handle, 0, 10, <[u8]>::to_vec), Ok(b"new".to_vec()));
+    filter.release(handle).unwrap();
+    filter.forget(old, 1);
+    filter.forget(new, 2);
+    assert_eq!(filter.getattr(new, None).map(drop), Err(Errno::ESTALE));
+    assert_eq!(filter.lookup(ROOT, OsStr::new("a")).unwrap().0, before.st_ino);
+}
+
+/// T5: ENOSPC of the lower file frees preserved data, and the change is tried once more.
+#[test]
+fn room_is_made_once() {
+    struct Unmount(PathBuf);
+    impl Drop for Unmount {
+        fn drop(&mut self) {
+            let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let none = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("tmpfs"), folder.path(), Some("tmpfs"), none, Some("size=64k")).unwrap();
+    let _unmount = Unmount(folder.path().to_owned());
+    fs::write(folder.path().join("a"), "x").unwrap();
+    let filter = Filter::over(folder.path()).unwrap();
+    let found = filter.resolve(Path::new("a")).unwrap();
+    let disk = Recorder::new();
+    filter.attach(found.key, disk.clone()).unwrap();
+    let (id, _) = filter.lookup(ROOT, OsStr::new("a")).unwrap();
+    let handle = filter.open(id, libc::O_RDWR).unwrap();
+    assert_eq!(filter.fallocate(handle, 0, 1 << 20, 0), Err(Errno::ENOSPC));
+    assert_eq!(disk.take().len(), 1);
+    disk.room.store(1, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(filter.fallocate(handle, 0, 1 << 20, 0), Err(Errno::ENOSPC));
+    assert_eq!(disk.take().len(), 2);
+    assert_eq!(disk.room.load(std::sync::atomic::Ordering::SeqCst), 0);
+}

@@ -17,10 +17,11 @@ const CHUNK: usize = 256;
 const CHUNKS: usize = 4096;
 
 type Slot<T> = RwLock<Option<Arc<T>>>;
+type Chunk<T> = Box<[Slot<T>]>;
 
 /// Entries by number.
 pub(super) struct Slab<T> {
-    chunks: Box<[OnceLock<Box<[Slot<T>]>>]>,
+    chunks: Box<[OnceLock<Chunk<T>>]>,
     free: Mutex<Free>,
 }
 

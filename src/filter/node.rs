@@ -378,12 +378,6 @@ impl Nodes {
         };
         self.shards.iter().flat_map(of).collect()
     }
-
-    /// Number of nodes besides the root.
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.shards.iter().map(|s| lock(s).len()).sum()
-    }
 }
 
 fn anchor(handle: Option<RawHandle>, file: OwnedFd) -> Anchor {
