@@ -127,7 +127,11 @@ mod tests {
     proptest! {
         /// The next cycle is later than now and at most two intervals away (one and the shift).
         #[test]
-        fn the_next_cycle_is_near(interval in 1u64..2000, phase: u64, steps in prop::collection::vec(0u64..10_000_000, 1..40)) {
+        fn the_next_cycle_is_near(
+            interval in 1u64..2000,
+            phase: u64,
+            steps in prop::collection::vec(0u64..10_000_000, 1..40),
+        ) {
             let mut schedule = Schedule::new(s(interval), s(5), phase);
             let mut now = s(5);
             for step in steps {

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `shipper.rs` | the thread `shipper:VM` and its handle |
 //! | `driver.rs` | the body of the thread: commands, actions, status |
+//! | `recover.rs` | every way back into the work: the head first |
 //! | `engine.rs` | carries out the actions of the state machine `core::epoch` |
 //! | `transfer.rs` | a transfer: read, pack, put |
 //! | `read.rs` | from sets of blocks to parts in memory |
@@ -26,6 +27,7 @@ mod engine;
 mod priority;
 mod read;
 mod record;
+mod recover;
 mod shipper;
 mod status;
 mod transfer;
@@ -36,6 +38,6 @@ pub use status::{
 };
 
 #[cfg(test)]
-mod sim;
+mod tests;
 #[cfg(test)]
 mod thread_tests;

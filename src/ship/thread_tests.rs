@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::sim::world::{Canary, Faults, Shared, SimClock, World, lock};
-use super::sim::{source::SimSource, source::VM, vault::SimVault};
+use super::tests::world::{Canary, Faults, Shared, SimClock, World, lock};
+use super::tests::{source::SimSource, source::VM, vault::SimVault};
 use super::{
     Delivered, ShipHooks, ShipObserver, ShipState, Shipper, ShipperConfig, ShipperHandle, SyncReply,
 };
