@@ -21,7 +21,7 @@ const INTERRUPTED: u8 = 130;
 
 /// Follows `started` to its end. A job that failed is an error of its kind.
 pub fn follow(out: &Out, client: &Client, started: JobStarted) -> Result<ExitCode> {
-    let interrupts = client.interrupts()?;
+    let mut interrupts = client.interrupts()?;
     let mut teller = Teller::new(out);
     loop {
         let job = client.call(&JobShowRequest { job: started.job })?;

@@ -8,10 +8,10 @@ use crate::host::api::types::Failure;
 
 /// Prints `error` and gives the exit code.
 pub fn report(out: &Out, error: &Error) -> ExitCode {
-    if out.json {
-        if let Ok(text) = json("afterimage.error/1", &Failure::from(error)) {
-            let _ = out.write(&text);
-        }
+    if out.json
+        && let Ok(text) = json("afterimage.error/1", &Failure::from(error))
+    {
+        let _ = out.write(&text);
     }
     eprint!("{}", three_lines(error));
     ExitCode::from(error.kind().exit_code())

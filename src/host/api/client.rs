@@ -1,6 +1,5 @@
 //! Asks the daemon: one connection per call, from ordinary blocking code.
 
-use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -67,7 +66,7 @@ impl Client {
     pub fn interrupts(&self) -> Result<Interrupts<'_>> {
         let _inside = self.runtime.enter();
         let signal = signal(SignalKind::interrupt()).context(|| "cannot listen for Ctrl-C")?;
-        Ok(Interrupts { runtime: &self.runtime, signal: RefCell::new(signal) })
+        Ok(Interrupts { runtime: &self.runtime, signal })
     }
 
     async fn ask<C: Call>(&self, request: &C) -> Result<C::Reply> {
@@ -128,16 +127,14 @@ impl Client {
 /// Ctrl-C as a value.
 pub struct Interrupts<'a> {
     runtime: &'a Runtime,
-    signal: RefCell<Signal>,
+    signal: Signal,
 }
 
 impl Interrupts<'_> {
     /// Waits; `true`: Ctrl-C was typed, `false`: not within `patience`.
-    pub fn arrive_within(&self, patience: Duration) -> bool {
-        self.runtime.block_on(async {
-            let mut signal = self.signal.borrow_mut();
-            tokio::time::timeout(patience, signal.recv()).await.is_ok()
-        })
+    pub fn arrive_within(&mut self, patience: Duration) -> bool {
+        let Self { runtime, signal } = self;
+        runtime.block_on(async { tokio::time::timeout(patience, signal.recv()).await.is_ok() })
     }
 }
 

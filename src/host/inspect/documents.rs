@@ -104,7 +104,7 @@ fn manifest(path: &Path, (about, bytes): (Option<Value>, &[u8])) -> Result<Inspe
     out.say(format!("digest {digest}"));
     out.say(format!("parent {parent}"));
     let stored: u64 = m.parts.iter().map(|p| p.length).sum();
-    out.say(format!("{} changed, {} in {} parts", human(m.changed_bytes), human(stored), m.parts.len()));
+    out.say(format!("{} changed, {} in parts: {}", human(m.changed_bytes), human(stored), m.parts.len()));
     for disk in &m.disks {
         let whole = if disk.whole { ", whole" } else { "" };
         let backing = disk.backing.as_ref().map(|b| format!(", backed by {b:?}")).unwrap_or_default();
