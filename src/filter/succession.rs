@@ -77,7 +77,8 @@ pub(super) struct Aside(PathBuf);
 impl Aside {
     /// Makes it.
     pub(super) fn make() -> Result<Self> {
-        let template = std::env::temp_dir().join(".afterimage-XXXXXX");
+        // The end that mkdtemp replaces.
+        let template = std::env::temp_dir().join(format!(".afterimage-{}", "X".repeat(6)));
         nix::unistd::mkdtemp(&template).map(Self).context(|| "no folder to mount on for a moment")
     }
 
