@@ -127,12 +127,17 @@ mod tests {
                     _ => map.remove(range.clone()),
                 }
                 for i in range.clone() {
-                    twin[i as usize] = match op { 0 => Some(n), 1 => twin[i as usize].or(Some(n)), _ => None };
+                    let slot = &mut twin[i as usize];
+                    *slot = match op { 0 => Some(n), 1 => slot.or(Some(n)), _ => None };
                 }
                 let mut seen = [None; 100];
-                for (r, v) in map.iter() { for i in r { prop_assert!(seen[i as usize].replace(v).is_none()) } }
+                for (r, v) in map.iter() {
+                    for i in r { prop_assert!(seen[i as usize].replace(v).is_none()) }
+                }
                 prop_assert_eq!(&seen[..], &twin[..]);
-                for (r, v) in map.overlaps(range.clone()) { for i in r { prop_assert_eq!(twin[i as usize], Some(v)) } }
+                for (r, v) in map.overlaps(range.clone()) {
+                    for i in r { prop_assert_eq!(twin[i as usize], Some(v)) }
+                }
                 for r in map.gaps(range.clone()) { for i in r { prop_assert_eq!(twin[i as usize], None) } }
                 let next = map.at_or_after(start).map(|(r, _)| r.start.max(start));
                 let expected = (start as usize..100).find(|i| twin[*i].is_some()).map(|i| i as u64);
