@@ -441,14 +441,16 @@ impl Engine {
         let (Some(cut), Some(mut entry)) = (self.cut.clone(), self.committed) else {
             return Err(Error::new(ErrorKind::Internal, "there is no epoch to acknowledge").into());
         };
-        self.outside.source.acknowledge(cut.epoch)?;
         entry.delivered.durable_time = self.outside.clock.now();
         self.record.delivered = Some(entry.delivered);
         self.record.base = Some(Base { head: Some(entry.delivered.digest) });
-        // The tracker has forgotten what older manifests would have brought; only this one can
-        // be the head from now on.
+        // Once the tracker has forgotten the epoch, no older head is sound any more: that is
+        // durable before it forgets, or a vault restored from an older state would pass for sound
+        // after a restart.
         self.record.committing.retain(|c| c.delivered.digest == entry.delivered.digest);
         self.record.build = None;
+        self.record.save(&self.config.record_path)?;
+        self.outside.source.acknowledge(cut.epoch)?;
         self.forget_build();
         (self.cut, self.committed, self.undrained) = (None, None, false);
         self.show_delivered(&entry.delivered);

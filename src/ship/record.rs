@@ -10,8 +10,9 @@
 //!
 //! Killed before it is written: the old one is there, and what it says is still true: an epoch
 //! that is not in `committing` was not committed. Killed after: an entry of `committing` that
-//! is not the head means nothing. An acknowledgement alone writes nothing: `committing` says
-//! as much. No space for it: the commit waits, as for any other recoverable error. Written by a
+//! is not the head means nothing. Before an epoch is acknowledged to the tracker its manifest
+//! becomes the base, so that a vault that was restored from an older state is found out. No
+//! space for it: commit and acknowledgement wait, as for any other recoverable error. Written by a
 //! newer version, or unreadable: it counts as missing, and the disks ship whole; points stay.
 
 use std::path::Path;

@@ -144,6 +144,23 @@ fn a_sync_delivers_and_a_restart_goes_on_with_deltas() {
     assert_eq!(status.failure, None);
 }
 
+/// Found by the simulation: the tracker had forgotten the epoch, and the record still called the
+/// head before it sound.
+#[test]
+fn a_vault_restored_from_an_older_state_is_found_out_after_a_restart() {
+    let rig = Rig::new();
+    let shipper = rig.start(false);
+    shipper.sync(PATIENCE).unwrap();
+    rig.write();
+    shipper.sync(PATIENCE).unwrap();
+    shipper.stop();
+    rig.vault.roll_back(1);
+    let shipper = rig.start(false);
+    shipper.sync(PATIENCE).unwrap();
+    assert_eq!(shipper.status().last_delivered.unwrap().kind, EpochKind::Full);
+    assert!(rig.is_equal());
+}
+
 #[test]
 fn paused_refuses_a_sync_and_resume_goes_on() {
     let rig = Rig::new();

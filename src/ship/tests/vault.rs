@@ -63,17 +63,22 @@ impl SimVault {
             let mut w = lock(&self.world);
             (w.rng.below(3), w.rng.one_in(2))
         };
-        let mut stored = self.stored();
         if older > 0 {
-            lock(&self.world).is_rolled_back = true;
-            let back = stored.committed.len().saturating_sub(older as usize - 1);
-            let committed: Vec<_> = stored.committed.drain(..).take(back).collect();
-            *stored = committed.last().cloned().unwrap_or_default();
-            stored.committed = committed;
+            self.roll_back(older as usize - 1);
         }
         if forgets {
-            stored.inbox.clear();
+            self.stored().inbox.clear();
         }
+    }
+
+    /// The state of so many epochs ago comes back.
+    pub(in crate::ship) fn roll_back(&self, epochs: usize) {
+        lock(&self.world).is_rolled_back = true;
+        let mut stored = self.stored();
+        let back = stored.committed.len().saturating_sub(epochs);
+        let committed: Vec<_> = stored.committed.drain(..).take(back).collect();
+        *stored = committed.last().cloned().unwrap_or_default();
+        stored.committed = committed;
     }
 
     fn apply(&self, manifest: &Manifest) -> Result<Head> {
