@@ -127,8 +127,8 @@ fn hrls_hold_what_was_written() {
     vm.drain(PATIENCE).unwrap().unwrap();
     rig.write_at(0, 0, 10);
     vm.flush().unwrap();
-    let blocks: Vec<_> = rig.hrls(0).iter().map(|r| r.blocks.iter().collect::<Vec<_>>()).collect();
-    assert_eq!(blocks, [vec![7..10], vec![0..1]]);
+    let blocks: Vec<_> = rig.hrls(0).iter().flat_map(|r| r.blocks.iter().collect::<Vec<_>>()).collect();
+    assert_eq!(blocks, [7..10, 0..1]);
     vm.acknowledge(cut.epoch).unwrap();
     assert_eq!(rig.hrls(0).len(), 1);
     vm.forget().unwrap();

@@ -55,7 +55,7 @@ impl Mutation {
                 _ => None,
             };
             let pauses = std::env::var("AFTERIMAGE_PAUSES").is_ok_and(|v| v == "1");
-            return Self { broken, pauses };
+            Self { broken, pauses }
         }
         #[cfg(not(feature = "canary"))]
         Self::default()

@@ -359,7 +359,7 @@ impl Disk {
         let mark = self.sync_begins();
         let result = self.lower.sync_data();
         let errno = |e: &std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-        self.sync_ended(mark, result.as_ref().map(|()| ()).map_err(errno));
+        self.sync_ended(mark, result.as_ref().copied().map_err(errno));
         result
     }
 

@@ -61,6 +61,6 @@ impl VmShared {
     /// Frees what was preserved for an epoch that has given up its cut. Whether there was any.
     pub(crate) fn free_preserved(&self) -> bool {
         let preserves = std::mem::take(&mut *lock(&self.preserves));
-        preserves.iter().fold(false, |any, p| p.free() || any)
+        preserves.iter().filter(|p| p.free()).count() > 0
     }
 }

@@ -160,7 +160,7 @@ fn examine(
     };
     let stat = DiskStat::of(spec.id, &spec.lower)?;
     let stopped = record.and_then(|r| r.stopped.as_ref());
-    let last_stop = match stopped.map(|s| s.iter().any(|d| *d == stat)) {
+    let last_stop = match stopped.map(|s| s.contains(&stat)) {
         None => LastStop::Unclean,
         Some(true) => LastStop::CleanAndSame,
         // A disk that the stop could not vouch for has no entry.
