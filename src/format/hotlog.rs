@@ -337,12 +337,16 @@ mod tests {
         bytes
     }
 
+    fn ops() -> impl Strategy<Value = Vec<(bool, u64, u64, u64)>> {
+        prop::collection::vec((any::<bool>(), 0u64..50, 1u64..20, 0u64..30), 0..50)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
         /// Against an array of activation numbers.
         #[test]
-        fn equals_an_array(ops in prop::collection::vec((any::<bool>(), 0u64..50, 1u64..20, 0u64..30), 0..50)) {
+        fn equals_an_array(ops in ops()) {
             let mut twin = [0u64; 80];
             let mut records = vec![];
             for (i, (hot, start, length, number)) in ops.into_iter().enumerate() {
@@ -354,7 +358,8 @@ mod tests {
                 }
             }
             let report = read(&file(&records)).unwrap();
-            let hot: Vec<u64> = report.hot.get(&DiskId(1)).into_iter().flat_map(HotSet::iter).flatten().collect();
+            let set = report.hot.get(&DiskId(1));
+            let hot: Vec<u64> = set.into_iter().flat_map(HotSet::iter).flatten().collect();
             let expected: Vec<u64> = (0..80).filter(|i| twin[*i as usize] != 0).collect();
             prop_assert_eq!(hot, expected);
             prop_assert_eq!(report.records as usize, records.len());

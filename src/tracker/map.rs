@@ -379,13 +379,17 @@ mod tests {
         }
     }
 
+    fn ranges() -> impl Strategy<Value = Vec<(u64, u64)>> {
+        prop::collection::vec((0u64..70_000, 1u64..900), 1..12)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
         /// The maps against the slow obvious twin, and against themselves taken over by another
         /// process.
         #[test]
-        fn equals_a_set(ranges in prop::collection::vec((0u64..70_000, 1u64..900), 1..12), far in 0u64..1000) {
+        fn equals_a_set(ranges in ranges(), far in 0u64..1000) {
             let dir = tempfile::tempdir().unwrap();
             let names = ShmNames::new(dir.path(), BootId(1));
             let _clean = Clean(names.clone());

@@ -21,7 +21,7 @@ mod gate;
 mod hot;
 mod hrl;
 #[cfg(test)]
-mod interleavings;
+mod interleaving_tests;
 mod latency;
 mod map;
 mod preserve;
