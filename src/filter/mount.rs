@@ -305,7 +305,7 @@ impl Prepared {
         }
         let dir = self.spec.dir.display();
         log::warn!(
-            "{dir} is bare for a moment (this kernel cannot mount beneath): whoever opens an image now bypasses the filter"
+            "{dir} is bare for a moment (an old kernel): an image that is opened now bypasses the filter"
         );
         clear_dead_mount(&self.spec.dir)?;
         self.serve_at(&self.spec.dir)

@@ -11,7 +11,9 @@
 //! the same. On an older kernel the directory is bare for a moment, and the log says so.
 
 use std::ffi::CString;
+use std::fs::DirBuilder;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -78,8 +80,10 @@ impl Aside {
     /// Makes it.
     pub(super) fn make() -> Result<Self> {
         // The end that mkdtemp replaces.
-        let template = std::env::temp_dir().join(format!(".afterimage-{}", "X".repeat(6)));
-        nix::unistd::mkdtemp(&template).map(Self).context(|| "no folder to mount on for a moment")
+        let name = format!(".afterimage-{:016x}", rand::random::<u64>());
+        let path = std::env::temp_dir().join(name);
+        DirBuilder::new().mode(0o700).create(&path).context(|| "no folder to mount on for a moment")?;
+        Ok(Self(path))
     }
 
     /// Where it is.

@@ -1,6 +1,6 @@
 //! The calls of the API, answered by the engine. What is more than a line is with its noun.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::api::commands::Commands;
 use super::api::types::*;
@@ -173,12 +173,12 @@ impl Engine {
             return Ok(SyncReply { point: None, current_as_of: None });
         }
         let patience = request.timeout_ms.map_or(SYNC_PATIENCE, Duration::from_millis);
-        let deadline = Instant::now() + patience;
+        let deadline = self.clock.monotonic() + patience;
         let current_as_of = match shipper.sync(patience)? {
             ship::SyncReply::Durable(delivered) => delivered.cut_time,
             ship::SyncReply::NoChanges { current_as_of } => current_as_of,
         };
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_sub(self.clock.monotonic());
         if !vm.target.wait_applied(vm.id, left)? {
             return Err(Error::new(ErrorKind::Busy, "the cut is durable and not applied in the vault yet")
                 .why(format!("it took longer than {} ms; it goes on", patience.as_millis()))

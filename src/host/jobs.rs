@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::api::types::{Failure, JobLogLine, JobState, JobStep, JobView};
 use super::db::{Database, statement};
@@ -351,16 +351,16 @@ impl Jobs {
         };
         let jobs = of_vm(&self.0);
         jobs.iter().for_each(|j| j.cancelled.store(true, Ordering::SeqCst));
-        let deadline = Instant::now() + patience;
-        jobs.iter().all(|j| self.wait(j.id, deadline.saturating_duration_since(Instant::now())).is_ok())
+        let deadline = self.0.clock.monotonic() + patience;
+        jobs.iter().all(|j| self.wait(j.id, deadline.saturating_sub(self.0.clock.monotonic())).is_ok())
     }
 
     /// Waits for the end of a job; Busy if it takes longer than `patience`.
     pub fn wait(&self, id: u64, patience: Duration) -> Result<JobView> {
-        let deadline = Instant::now() + patience;
+        let deadline = self.0.clock.monotonic() + patience;
         let mut running = lock(&self.0.running);
         while running.contains_key(&id) {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_sub(self.0.clock.monotonic());
             if left.is_zero() {
                 return Err(Error::new(ErrorKind::Busy, format!("job {id} is still at work"))
                     .hint(format!("afterimage job show {id}")));

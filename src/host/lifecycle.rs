@@ -70,7 +70,8 @@ impl ShipObserver for Hooks {
     fn gave_up(&self, _vm: VmId, in_a_row: u32, preserved_bytes: u64) {
         if in_a_row == GIVE_UPS_ALERT {
             let text = format!(
-                "{in_a_row} cuts in a row were given up; preserved data would need more than {preserved_bytes} bytes"
+                "{in_a_row} cuts in a row were given up; preserved data would need more than \
+                 {preserved_bytes} bytes"
             );
             self.tell(Severity::Warning, "cuts-given-up", &text);
         }

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | a disk, or a folder above it, is renamed | it has its new path from the next point on |
 //! | a disk is removed | the next point is without it |
-//! | another file is renamed over its path, or exchanged with it | that file is the disk from now on, ships whole |
+//! | another file is renamed over its path or exchanged with it | that is the disk, and ships whole |
 //! | a qcow2 image appears whose backing file is a disk | it joins that VM before its next cut |
 //! | a file appears in a followed folder | it joins that VM before its next cut |
 //!
@@ -28,6 +28,8 @@ use super::records::{DiskRecord, VmRecord};
 use super::vm::Vm;
 use crate::base::{DiskId, Error, ErrorKind, FileKey, Result};
 use crate::core::ports::names::{NameEvent, NameWatcher};
+use crate::core::ports::source::Source;
+use crate::core::ports::tracking::{Change, TrackedDisk};
 use crate::machine::chain::backing_path;
 use crate::tracker::DiskSpec;
 
@@ -302,8 +304,19 @@ impl Engine {
         let running = vm.expect_running()?;
         let record = disk.record();
         let entering = enter(record.id, &disk)?;
+        let frozen = || running.tracker.frozen().map(|cut| cut.epoch);
+        let before = frozen();
         let added = running.tracker.add_disk(entering.spec)?;
-        entering.mount.attach(entering.key, added)?;
+        entering.mount.attach(entering.key, added.clone())?;
+        if frozen() != before {
+            // A cut was faster than the attach: what was written meanwhile has no mark, so
+            // everything gets one.
+            let length = disk.looked.size;
+            let ticket = added.begin(Change::Write { offset: 0, length }).map_err(|e| {
+                Error::io(format!("disk {} cannot be marked", disk.view_path().display()), e.into())
+            })?;
+            added.end(ticket, Ok(length));
+        }
         let (shown, backing) = (disk.view_path(), disk.info.backing());
         vm.follow(&self.state, |r| r.disks.push(record.clone()));
         let why = backing.map(|b| format!(", backing file {b}")).unwrap_or_default();
@@ -320,7 +333,7 @@ impl Engine {
                     Ok(Verdict::Joins(disk)) => {
                         mount.forget_note(&path);
                         let _one = vm.lock_membership();
-                        self.join(vm, disk)?;
+                        self.join(vm, *disk)?;
                     }
                     Ok(Verdict::Another) => {}
                     Ok(Verdict::Nobody) => mount.forget_note(&path),
@@ -366,7 +379,7 @@ impl Engine {
             Some(owner) if owner.id != vm.id => Ok(Verdict::Another),
             Some(_) => Ok(match self.folder_candidate(mount, path)? {
                 Ok(_) if vm.record().disks.iter().any(|d| d.path == path) => Verdict::Nobody,
-                Ok(candidate) => Verdict::Joins(candidate),
+                Ok(candidate) => Verdict::Joins(Box::new(candidate)),
                 Err(why) => Verdict::Skipped(why),
             }),
         }
@@ -402,7 +415,7 @@ impl Engine {
 
 /// Whom a file that appeared belongs to.
 enum Verdict {
-    Joins(Candidate),
+    Joins(Box<Candidate>),
     Another,
     Nobody,
     Skipped(String),

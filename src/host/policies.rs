@@ -1,8 +1,9 @@
 //! Policies: named settings (interval, keep rules, alerts) that many VMs share.
 //!
 //! Three are built in (`30s`, the default, `5min`, `15min`); others are made by
-//! `policy set NAME`; a VM may have an interval of its own beside its policy. They are kept in `policies.json`, replaced whole: killed here, the old file or the new
-//! one is found. Disk full: the change is refused and nothing changed.
+//! `policy set NAME`; a VM may have an interval of its own beside its policy. They are kept in
+//! `policies.json`, replaced whole: killed here, the old file or the new one is found. Disk full:
+//! the change is refused and nothing changed.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -208,7 +208,10 @@ impl Engine {
                     ErrorKind::Refused,
                     format!("disk {} cannot be protected", disk.view_path().display()),
                 )
-                .why(format!("its file system has {free} bytes free; the change-tracking log needs {IMAGE_ROOM_BYTES_MIN}"))
+                .why(format!(
+                    "its file system has {free} bytes free; the change-tracking log needs \
+                     {IMAGE_ROOM_BYTES_MIN}"
+                ))
                 .hint(format!("make room in {}", disk.mount.dir().display())));
             }
         }

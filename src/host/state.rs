@@ -8,7 +8,7 @@
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -17,6 +17,9 @@ use crate::base::{BootId, Error, ErrorKind, Result, VmId};
 
 /// Where the state of the daemon lives when nobody says otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/afterimage";
+
+/// A lock that is held is looked at again after so long.
+const LOCK_LOOK: Duration = Duration::from_millis(20);
 
 /// The paths below a state folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +68,7 @@ impl StateDir {
     /// Takes the lock; waits up to `patience` for a predecessor to be gone entirely.
     pub fn lock(&self, patience: Duration) -> Result<StateLock> {
         let path = self.root.join("lock");
-        let deadline = Instant::now() + patience;
+        let mut left = patience.as_millis() / LOCK_LOOK.as_millis();
         loop {
             let file = OpenOptions::new()
                 .create(true)
@@ -77,8 +80,9 @@ impl StateDir {
                 .context(|| format!("cannot open {}", path.display()))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(StateLock { _lock: lock }),
-                Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(20));
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) if left > 0 => {
+                    left -= 1;
+                    std::thread::sleep(LOCK_LOOK);
                 }
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                     return Err(Error::new(

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::api::types::*;
 use super::engine::Engine;
@@ -30,7 +30,7 @@ const ALERT_INTERVALS: u32 = 3;
 const ALERT_MIN: Duration = Duration::from_secs(10);
 
 /// A value that is found out again when it is old.
-struct Cached<T>(Mutex<Option<(Instant, T)>>);
+struct Cached<T>(Mutex<Option<(Duration, T)>>);
 
 impl<T> Default for Cached<T> {
     fn default() -> Self {
@@ -39,15 +39,15 @@ impl<T> Default for Cached<T> {
 }
 
 impl<T: Clone> Cached<T> {
-    fn get(&self, find: impl FnOnce() -> T) -> T {
+    fn get(&self, now: Duration, find: impl FnOnce() -> T) -> T {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, value)) = &*held
-            && at.elapsed() < CACHE_AGE_MAX
+            && now.saturating_sub(*at) < CACHE_AGE_MAX
         {
             return value.clone();
         }
         let value = find();
-        *held = Some((Instant::now(), value.clone()));
+        *held = Some((now, value.clone()));
         value
     }
 
@@ -110,10 +110,9 @@ impl Engine {
 
     /// Status of every mount, by directory.
     pub(super) fn mount_statuses(&self) -> Vec<MountStatus> {
-        let beneath = self
-            .caches
-            .beneath
-            .get(|| self.mounts.all().iter().map(|m| (m.dir().to_owned(), m.open_beneath())).collect());
+        let beneath = self.caches.beneath.get(self.clock.monotonic(), || {
+            self.mounts.all().iter().map(|m| (m.dir().to_owned(), m.open_beneath())).collect()
+        });
         let records: Vec<VmRecord> = self.vms().iter().map(|v| v.record()).collect();
         let mut all = self.mounts.statuses();
         for mount in &mut all {
@@ -235,7 +234,7 @@ impl Engine {
         let images = self
             .caches
             .images
-            .get(|| self.mounts.all().iter().flat_map(|m| images_below(m)).collect::<Vec<_>>());
+            .get(self.clock.monotonic(), || self.mounts.all().iter().flat_map(images_below).collect());
         let owned: Vec<PathBuf> = self
             .vms()
             .iter()

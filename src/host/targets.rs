@@ -55,7 +55,8 @@ impl Target {
 
     fn vault_or_new(&self, make: bool) -> Result<Arc<DirectoryVault>> {
         let mut slot = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.exists() && !(make && slot.vault.is_none()) {
+        let may_be_made = make && slot.vault.is_none();
+        if !may_be_made && !self.exists() {
             // What it holds in memory may be ahead of what comes back.
             slot.vault = None;
             return Err(Error::new(ErrorKind::Unreachable, format!("vault {} cannot be used", self.name))
