@@ -234,13 +234,14 @@ pub(super) fn pack(raw: &RawPart, attempt: u32) -> Result<Packed> {
             at = end;
             data_bytes += length;
         }
-        blocks.entry(piece.disk).or_insert_with(ExtentSet::new).insert(piece.blocks.clone());
+        blocks.entry(piece.disk).or_default().insert(piece.blocks.clone());
     }
     let (name, bytes) = builder.finish(0, attempt);
     Ok(Packed { name, bytes, blocks, data_bytes, hole_bytes })
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
     use crate::base::{EpochNumber, VmId};

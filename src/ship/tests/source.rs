@@ -22,7 +22,7 @@ pub(in crate::ship) struct SimSource {
 fn by_disk(blocks: &BTreeSet<(DiskId, u64)>) -> BlocksByDisk {
     let mut out = BlocksByDisk::new();
     for (disk, block) in blocks {
-        out.entry(*disk).or_insert_with(ExtentSet::new).insert(*block..*block + 1);
+        out.entry(*disk).or_default().insert(*block..*block + 1);
     }
     out
 }
