@@ -114,7 +114,7 @@ impl Guest {
 fn pattern(number: u64) -> String {
     let mut x = number;
     let words = (0..12).map(|i| {
-        x = (x * 69_069 + 12_345 + i) % (1 << 32);
+        x = (x * 69_069 + 12_345 + i) % (1 << 31);
         format!("{x:08x}")
     });
     words.collect()

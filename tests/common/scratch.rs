@@ -3,20 +3,45 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use super::watchdog::{kill_for_certain, programs_below};
+
+/// A mount namespace of its own starts with a copy of every mount, so that what another test
+/// unmounts meanwhile stays in use: a test that makes one has the machine for itself.
+static MACHINE: RwLock<()> = RwLock::new(());
 
 /// A folder below cargo's, on an ordinary file system.
 pub struct Scratch {
     path: PathBuf,
+    _machine: Machine,
+}
+
+/// Held while a test uses the machine; given back after everything of the test is gone.
+enum Machine {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Alone { _guard: RwLockWriteGuard<'static, ()> },
 }
 
 impl Scratch {
+    /// One for each test, no more.
     pub fn new(name: &str) -> Self {
+        let guard = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+        Self { path: Self::folder(name), _machine: Machine::Shared { _guard: guard } }
+    }
+
+    /// For a test that makes a mount namespace: waits until no other test runs.
+    pub fn alone(name: &str) -> Self {
+        let guard = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+        Self { path: Self::folder(name), _machine: Machine::Alone { _guard: guard } }
+    }
+
+    fn folder(name: &str) -> PathBuf {
         let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
         fs::create_dir_all(parent).unwrap();
         let folder = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(parent).unwrap();
-        Self { path: folder.keep() }
+        folder.keep()
     }
 
     pub fn path(&self) -> &Path {
@@ -61,10 +86,15 @@ pub fn mounts_below(folder: &Path) -> Vec<PathBuf> {
 
 /// Gone when it returns, whatever is still open below it.
 pub fn unmount(dir: &Path) {
-    let dir = dir.to_str().unwrap();
-    if !quietly("umount", &[dir]) {
-        quietly("umount", &["-l", dir]);
+    let name = dir.to_str().unwrap();
+    // A program that another thread is about to start has copies of every open file for a moment.
+    for _ in 0..50 {
+        if quietly("umount", &[name]) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
+    quietly("umount", &["-l", name]);
 }
 
 fn loops_below(folder: &Path) -> Vec<String> {

@@ -30,7 +30,7 @@ fn on_your_own_host() {
     {
         assert!(commands.iter().any(|c| c.contains(wanted)), "the README no longer shows {wanted}");
     }
-    let scratch = Scratch::new("readme");
+    let scratch = Scratch::alone("readme");
     let (var_lib, mnt, root) = (scratch.dir("var-lib"), scratch.dir("mnt"), scratch.dir("root"));
     fs::create_dir_all(var_lib.join("libvirt/images")).unwrap();
     Guest::disk(&var_lib.join("libvirt/images/web1.qcow2"), "qcow2");

@@ -55,7 +55,7 @@ fn bad_mounts() {
     let open = fs::File::open(world.scratch.path().join("mounted/b.img")).unwrap();
     refused(host, &["umount", &world.path("mounted")], 4, "whole");
     drop(open);
-    refused(host, &["umount", &world.path("mounted")], 4, "web1");
+    host.run(&["umount", &world.path("mounted")]);
 }
 
 #[test]

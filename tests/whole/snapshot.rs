@@ -16,13 +16,16 @@ fn newest_holds_all(host: &Host, guest: &Guest, scratch: &Scratch, top: &str) {
     let to = scratch.path().join("restored");
     let _ = fs::remove_dir_all(&to);
     host.run(&["restore", "web1", "--point", &point, "--to", text(&to)]);
-    for image in fs::read_dir(&to).unwrap().map(|e| e.unwrap().path()) {
-        if image.extension().is_some_and(|e| e == "qcow2") {
-            checks_clean(&image);
-        }
-    }
+    all_check_clean(&to);
     let found = Guest::records(&to.join(top), "qcow2", scratch);
     assert!(found >= synced, "point {point} through {top}: {found} records, {synced} were synced");
+}
+
+/// Every image in a folder.
+fn all_check_clean(folder: &Path) {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let images = entries.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "qcow2"));
+    assert!(images.map(|image| checks_clean(&image)).count() > 0, "no image in {}", folder.display());
 }
 
 /// `qemu-img check`: 0 clean, 3 only leaked clusters, as a power loss leaves them.
@@ -75,9 +78,7 @@ fn overlays_join_and_go() {
     host.run(&["point", "mount", text(&view)]);
     let points = host.points("web1");
     for point in &points {
-        let folder = view.join("web1").join(&point.id);
-        let images = fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-        images.for_each(|image| checks_clean(&image.unwrap().path()));
+        all_check_clean(&view.join("web1").join(&point.id));
     }
     host.run(&["point", "umount", text(&view)]);
     let events = host.json(&["events", "web1", "--limit", "1000"]);
