@@ -203,8 +203,7 @@ impl Lane {
                 self.shared.journal.acknowledge(self.number, write);
                 Ok(true)
             }
-            Err(e) if self.shared.reopens => {
-                let _ = e;
+            Err(_) if self.shared.reopens => {
                 self.shared.failed_writes.fetch_add(1, Ordering::SeqCst);
                 self.files[disk as usize] = None;
                 Ok(false)
@@ -217,7 +216,7 @@ impl Lane {
     fn open(&mut self, disk: u32) -> Result<bool, String> {
         while self.files[disk as usize].is_none() {
             let path = &self.shared.disks[disk as usize];
-            let flags = if self.number % 2 == 0 { libc::O_DIRECT } else { 0 };
+            let flags = if self.number.is_multiple_of(2) { libc::O_DIRECT } else { 0 };
             match OpenOptions::new().write(true).custom_flags(flags).open(path) {
                 Ok(file) => self.files[disk as usize] = Some(file),
                 Err(e) if !self.shared.reopens => return Err(format!("open {}: {e}", path.display())),
