@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::watchdog::{daemons_of, is_alive, kill_for_certain};
-use super::{PATIENCE, Watchdog, text};
+use super::{PATIENCE, Watchdog, text, wait_until};
 
 /// A host of the product. The daemon is started by the first command that needs one.
 pub struct Host {
@@ -37,6 +37,10 @@ impl Host {
         fs::create_dir_all(state).unwrap();
         let watchdog = Watchdog::new(test, state.to_owned(), Duration::from_secs(600));
         Self { state: state.to_owned(), _watchdog: watchdog }
+    }
+
+    pub fn state(&self) -> &Path {
+        &self.state
     }
 
     /// Runs the command line, whatever comes out.
@@ -116,6 +120,11 @@ impl Host {
             .clone()
     }
 
+    pub fn daemon_pid(&self) -> i32 {
+        let said = self.json(&["status"]);
+        i32::try_from(said["daemon"]["pid"].as_i64().expect("daemon.pid")).unwrap()
+    }
+
     /// SIGKILL, as the kernel would do it when memory is short. Gone when it returns.
     pub fn kill(&self) {
         let pids = daemons_of(&self.state);
@@ -126,6 +135,13 @@ impl Host {
     /// Any command starts the daemon again, which restores its mounts.
     pub fn restart(&self) {
         self.run(&["start"]);
+    }
+
+    /// A clean stop.
+    pub fn stop(&self) {
+        let pids = daemons_of(&self.state);
+        self.run(&["stop"]);
+        wait_until("the daemon to stop", || !pids.iter().any(|pid| is_alive(*pid)));
     }
 
     /// The last lines of the daemon's log, for the message of a test that failed.
