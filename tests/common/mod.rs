@@ -8,9 +8,6 @@
 //!
 //! Only processes that were started here are ended, each by its id.
 
-// Each test program uses its part of it.
-#![allow(dead_code, unused_imports)]
-
 mod guest;
 mod host;
 mod qmp;

@@ -3,6 +3,7 @@
 //! Each file is one promise, in the short form that CI runs; `scripts/long NAME` runs the full
 //! count of the same code.
 
+#[allow(dead_code, unused_imports)]
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../load/mod.rs"]
