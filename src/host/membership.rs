@@ -60,6 +60,7 @@ pub(super) fn enter(id: DiskId, disk: &Candidate) -> Result<Entering> {
         folder: lower.folder,
         file_name: lower.file_name,
         backing: disk.info.backing().map(str::to_owned),
+        changed_beneath: false,
     };
     Ok(Entering { spec, mount: disk.mount.clone(), key: lower.key })
 }
@@ -308,6 +309,7 @@ impl Engine {
         let before = frozen();
         let added = running.tracker.add_disk(entering.spec)?;
         entering.mount.attach(entering.key, added.clone())?;
+        running.tracker.disk_attached(record.id)?;
         if frozen() != before {
             // A cut was faster than the attach: what was written meanwhile has no mark, so
             // everything gets one.

@@ -264,6 +264,9 @@ mod tests {
         fn vm(&self) -> VmId {
             VmId(1)
         }
+        fn tracking_id(&self) -> u64 {
+            1
+        }
         fn frozen(&self) -> Option<Cut> {
             None
         }

@@ -39,6 +39,10 @@ pub(crate) struct Entry {
     pub(crate) unlogged: BTreeSet<u64>,
     /// Number of syncs that had begun when the last cut was drained (T6).
     pub(crate) syncs_at_drain: u64,
+    /// It is in the write path; no cut is made while a disk is not.
+    pub(crate) attached: bool,
+    /// `pending` has told that it ships whole.
+    pub(crate) whole_shown: bool,
 }
 
 impl Entry {
@@ -50,6 +54,8 @@ impl Entry {
             pending: BTreeMap::new(),
             unlogged: BTreeSet::new(),
             syncs_at_drain: u64::MAX,
+            attached: true,
+            whole_shown: false,
         }
     }
 

@@ -51,6 +51,8 @@ pub struct DiskSpec {
     pub file_name: OsString,
     /// The name of its backing file as the image header has it.
     pub backing: Option<String>,
+    /// It may have been written to while nobody tracked it, whatever its times say: it ships whole.
+    pub changed_beneath: bool,
 }
 
 /// Where a disk is now.

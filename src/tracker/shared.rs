@@ -8,7 +8,7 @@ use super::gate::{EpochWord, Gate, Previous, announce_give_up};
 use super::hot::HotLog;
 use super::latency::Histogram;
 use super::preserve::Preserve;
-use super::shm::{Shm, VM_EPOCH};
+use super::shm::{Shm, VM_EPOCH, VM_TRACKING};
 use super::sync::{Std, lock};
 use super::vm::GiveUps;
 use crate::base::{BootId, Clock, VmId};
@@ -56,6 +56,11 @@ impl VmShared {
             give_ups.reason = Some(reason.to_owned());
             give_ups.needed_bytes = needed_bytes;
         }
+    }
+
+    /// Blocks may have changed without a mark: what was made of them before counts for nothing.
+    pub(crate) fn renew_tracking_id(&self) {
+        self.shm.field(VM_TRACKING).store(rand::random::<u64>().max(1), SeqCst);
     }
 
     /// Frees what was preserved for an epoch that has given up its cut. Whether there was any.

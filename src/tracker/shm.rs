@@ -40,7 +40,7 @@ use crate::base::{BootId, CHUNK_BYTES, Digest, Error, ErrorKind, Result};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"AFIMSHM\n");
 /// Version of the layout.
-pub(crate) const LAYOUT: u64 = 1;
+pub(crate) const LAYOUT: u64 = 2;
 const PAGE: usize = 4096;
 const PAGE_WORDS: usize = PAGE / 8;
 /// Chunks of the largest disk.
@@ -54,12 +54,20 @@ pub(crate) const VM_HEARTBEAT: usize = 9;
 pub(crate) const VM_RECORDS: usize = 10;
 /// Wall-clock time of the cut, for each of the three epochs in turn.
 pub(crate) const VM_CUT_TIME: usize = 11;
+/// Not 0: the VM was set up whole; without it nothing in shared memory counts.
+pub(crate) const VM_READY: usize = 14;
+/// `Source::tracking_id`.
+pub(crate) const VM_TRACKING: usize = 15;
 /// Size at the cut, for each of the three epochs in turn.
 pub(crate) const DISK_CUT_SIZE: usize = 8;
 /// Not 0: blocks are known to the process only; after its death the disk ships whole.
 pub(crate) const DISK_WHOLE: usize = 11;
 /// The epoch in which the disk joined the VM.
 pub(crate) const DISK_SINCE: usize = 12;
+/// Not 0: a write could not be marked (T8); the next cut makes the disk whole.
+pub(crate) const DISK_LOST: usize = 13;
+/// Inode of the disk file.
+pub(crate) const DISK_INODE: usize = 14;
 
 /// Names the objects of one state folder and boot.
 #[derive(Clone, Debug)]

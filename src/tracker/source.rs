@@ -15,7 +15,7 @@ use super::canary::Rule;
 use super::disk::Disk;
 use super::gate::{EpochWord, Previous};
 use super::map::BlockState;
-use super::shm::{DISK_CUT_SIZE, VM_RECORDS};
+use super::shm::{DISK_CUT_SIZE, VM_RECORDS, VM_TRACKING};
 use super::sync::{Word, lock};
 use super::vm::{VmTracker, disks};
 use crate::base::error::Context;
@@ -149,6 +149,10 @@ impl VmTracker {
 impl Source for VmTracker {
     fn vm(&self) -> VmId {
         self.shared.id
+    }
+
+    fn tracking_id(&self) -> u64 {
+        self.shared.shm.field(VM_TRACKING).load(SeqCst)
     }
 
     fn frozen(&self) -> Option<Cut> {

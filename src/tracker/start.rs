@@ -20,7 +20,7 @@ use super::preserve::Preserve;
 use super::record::{DiskStat, VmRecord};
 use super::shared::VmShared;
 use super::shm::{
-    DISK_CUT_SIZE, DISK_SINCE, DISK_WHOLE, Shm, ShmNames, VM_EPOCH, VM_HEARTBEAT, VM_RECORDS,
+    DISK_CUT_SIZE, DISK_SINCE, DISK_WHOLE, Shm, ShmNames, VM_EPOCH, VM_HEARTBEAT, VM_RECORDS, VM_TRACKING,
     clear_untracked, has_untracked,
 };
 use super::vm::{GiveUps, RecoveredDisk, VmTracker, discard_hrls};
@@ -162,18 +162,18 @@ fn examine(
     let stopped = record.and_then(|r| r.stopped.as_ref());
     let last_stop = match stopped.map(|s| s.contains(&stat)) {
         None => LastStop::Unclean,
-        Some(true) => LastStop::CleanAndSame,
+        Some(true) if !spec.changed_beneath => LastStop::CleanAndSame,
         // A disk that the stop could not vouch for has no entry.
         Some(false) if stopped.is_some_and(|s| s.iter().all(|d| d.id != spec.id)) => LastStop::Unclean,
-        Some(false) => LastStop::CleanButDiffers,
+        Some(_) => LastStop::CleanButDiffers,
     };
     let hrls = find(&spec.folder, spec.id);
     let facts = StartFacts {
         is_fresh: fresh,
         shared_memory,
         lost_with_process: shm.field(DISK_WHOLE).load(SeqCst) != 0,
-        changed_beneath: stat.modified_ms() > heartbeat + HEARTBEAT_GRACE_MS,
-        changed_since_boot: stat.modified_ms() > around.boot_began.0,
+        changed_beneath: spec.changed_beneath || stat.modified_ms() > heartbeat + HEARTBEAT_GRACE_MS,
+        changed_since_boot: spec.changed_beneath || stat.modified_ms() > around.boot_began.0,
         last_stop,
         is_untracked: has_untracked(&spec.lower),
         hot_log: hot_log_state(&around.hot, record),
@@ -200,6 +200,10 @@ fn set_up(vm: &mut VmTracker, disks: Vec<Found>) -> Result<()> {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .insert(entry.disk.id, entry.disk.clone());
         book.entries.insert(entry.disk.id, entry);
+    }
+    let goes_on = decisions.iter().all(|(_, d, _)| *d == StartDecision::GoOn);
+    if !goes_on || vm.shared.shm.field(VM_TRACKING).load(SeqCst) == 0 {
+        vm.shared.renew_tracking_id();
     }
     // The clean stop is over, durably, and numbers are reserved, before the first write.
     vm.write_record(&mut book, word.epoch(), None)?;

@@ -86,7 +86,7 @@ impl VmTracker {
     }
 
     pub(crate) fn known_disk(&self, id: DiskId) -> Result<Arc<Disk>> {
-        self.disk(id).ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no disk {id}")))
+        self.disk(id).ok_or_else(|| unknown_disk(id))
     }
 
     /// Number of the current epoch.
@@ -94,8 +94,9 @@ impl VmTracker {
         EpochNumber(self.shared.word().epoch())
     }
 
-    /// Takes a new disk into the running VM; it ships whole. The caller lets writes to the file
-    /// that began before end before it makes a cut.
+    /// Takes a new disk into the running VM; it ships whole. No cut is made until the caller, once
+    /// the disk is in the write path and writes to the file that began before have ended, says so
+    /// ([`VmTracker::disk_attached`]).
     pub fn add_disk(&self, spec: DiskSpec) -> Result<Arc<Disk>> {
         let mut book = lock(&self.book);
         if book.entries.contains_key(&spec.id) {
@@ -111,11 +112,20 @@ impl VmTracker {
         shm.field(DISK_SINCE).store(epoch, SeqCst);
         let disk = Arc::new(Disk::new(spec, self.shared.clone(), DiskMaps::new(shm)?));
         let mut entry = Entry::new(disk.clone());
+        entry.attached = false;
         entry.make_whole(epoch, "it is new");
         book.entries.insert(disk.id, entry);
         self.insert_disk(disk.clone());
         self.note_record(&book);
         Ok(disk)
+    }
+
+    /// A disk that was added is in the write path.
+    pub fn disk_attached(&self, id: DiskId) -> Result<()> {
+        let mut book = lock(&self.book);
+        let entry = book.entries.get_mut(&id);
+        entry.ok_or_else(|| unknown_disk(id))?.attached = true;
+        Ok(())
     }
 
     fn insert_disk(&self, disk: Arc<Disk>) {
@@ -133,7 +143,7 @@ impl VmTracker {
         let entry = book
             .entries
             .remove(&id)
-            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no disk {id}")))?;
+            .ok_or_else(|| unknown_disk(id))?;
         self.note_record(&book);
         self.disks.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);
         self.forget_entry(&entry);
@@ -155,7 +165,7 @@ impl VmTracker {
         let entry = book
             .entries
             .get_mut(&id)
-            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no disk {id}")))?;
+            .ok_or_else(|| unknown_disk(id))?;
         let folder = Arc::new(folder);
         let moved = entry
             .hrls
@@ -328,6 +338,9 @@ impl VmTracker {
             Previous::GaveUp if book.given_up.is_none() => book.complete_give_up(epoch - 1),
             _ => {}
         }
+        if book.entries.values().any(|e| !e.attached) {
+            return Err(busy("a disk is on its way into the write path"));
+        }
         if epoch + 2 >= book.ceiling {
             self.write_record(&mut book, epoch + 2, None)?;
         }
@@ -443,6 +456,10 @@ impl VmTracker {
         }
         self.shared.hot.cool(regions, ranges, number)
     }
+}
+
+fn unknown_disk(id: DiskId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("there is no disk {id}"))
 }
 
 fn busy(why: &str) -> Error {

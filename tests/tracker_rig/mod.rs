@@ -112,6 +112,7 @@ impl Rig {
             folder: File::open(self.path(id).parent().unwrap()).unwrap(),
             file_name: self.path(id).file_name().unwrap().to_owned(),
             backing: None,
+            changed_beneath: false,
         };
         let specs = (1..=DISKS).map(spec).collect();
         self.vm = Some(tracker.open_vm(VmId(77), specs, fresh).unwrap());

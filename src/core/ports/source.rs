@@ -87,6 +87,12 @@ pub trait Source: Send + Sync {
     /// Which VM.
     fn vm(&self) -> VmId;
 
+    /// A random number that stays while the marks of this VM are known without a gap: over cuts and
+    /// over restarts that go on with the maps in shared memory. A new one means that blocks may
+    /// have changed without a mark, so that a part made before, under another number, may be
+    /// stale and must be made again. Never 0.
+    fn tracking_id(&self) -> u64;
+
     /// The epoch that is frozen and not acknowledged; after a restart, the one found.
     fn frozen(&self) -> Option<Cut>;
 

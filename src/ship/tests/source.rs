@@ -88,6 +88,10 @@ impl Source for SimSource {
         VM
     }
 
+    fn tracking_id(&self) -> u64 {
+        lock(&self.world).boot.0 as u64
+    }
+
     fn frozen(&self) -> Option<Cut> {
         let mut w = lock(&self.world);
         w.turn();
