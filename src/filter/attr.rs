@@ -110,7 +110,7 @@ impl Filter {
         };
         match self.enter(node) {
             Way::Untracked(_counted) => ftruncate(file, length),
-            Way::Tracked(disk) => {
+            Way::Tracked(disk, _counted) => {
                 if to > DISK_BYTES_MAX {
                     return Err(Errno::EFBIG);
                 }

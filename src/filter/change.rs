@@ -3,14 +3,15 @@
 //!
 //! A disk is attached and detached while guests write. [`Gate`] makes that exact:
 //!
-//! * A change takes the read lock of the gate for an instant. If a disk is published it goes
-//!   through that disk, else it counts itself in as *untracked* before it lets go of the lock.
+//! * A change takes the read lock of the gate for an instant. It counts itself in before it lets
+//!   go of the lock: as *tracked* if a disk is published, through which it goes, else as
+//!   *untracked*.
 //! * [`Gate::publish`] stores the disk under the write lock and then waits until no untracked
-//!   change is left.
+//!   change is left; [`Gate::retract`] takes it away and waits until no tracked one is left.
 //!
-//! The lock orders the two: a change that saw no disk had its lock before the writer, so its count
-//! is seen by the wait; one that came after the writer sees the disk. Untracked changes only
-//! leave, so the wait ends. Nobody holds the lock during I/O.
+//! The lock orders them: a change that saw the state before had its lock before the writer, so its
+//! count is seen by the wait; one that came after the writer sees the new state and counts
+//! elsewhere. Those waited for only leave, so the wait ends. Nobody holds the lock during I/O.
 //!
 //! Killed here: an announced change has its blocks marked, and that is all that marks mean.
 //! Disk full: ENOSPC of the lower file frees preserved data (T5) and the change is tried once more.
@@ -30,11 +31,12 @@ use crate::core::ports::tracking::{Change, TrackedDisk};
 pub(super) struct Gate {
     disk: RwLock<Option<Arc<dyn TrackedDisk>>>,
     untracked: AtomicU64,
+    tracked: AtomicU64,
     /// The farthest end of a tracked write that has been announced, in bytes.
     high: AtomicU64,
 }
 
-/// Who waits for untracked changes to end.
+/// Who waits for changes to end.
 #[derive(Default)]
 pub(super) struct Drain {
     waiters: AtomicUsize,
@@ -45,23 +47,45 @@ pub(super) struct Drain {
 /// How a change goes through.
 pub(super) enum Way<'a> {
     /// Through this disk.
-    Tracked(Arc<dyn TrackedDisk>),
-    /// Nobody follows the file; counted until dropped.
-    Untracked(Untracked<'a>),
+    Tracked(Arc<dyn TrackedDisk>, Counted<'a>),
+    /// Nobody follows the file.
+    Untracked(Counted<'a>),
 }
 
-pub(super) struct Untracked<'a> {
-    gate: &'a Gate,
+/// A change is counted until this is dropped.
+pub(super) struct Counted<'a> {
+    count: &'a AtomicU64,
     drain: &'a Drain,
 }
 
-impl Drop for Untracked<'_> {
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicU64, drain: &'a Drain) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self { count, drain }
+    }
+}
+
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        let before = self.gate.untracked.fetch_sub(1, Ordering::SeqCst);
+        let before = self.count.fetch_sub(1, Ordering::SeqCst);
         if before == 1 && self.drain.waiters.load(Ordering::SeqCst) > 0 {
             let _guard = lock(&self.drain.mutex);
             self.drain.left.notify_all();
         }
+    }
+}
+
+impl Drain {
+    /// Returns when nothing is counted.
+    fn wait(&self, count: &AtomicU64) {
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let mut guard = lock(&self.mutex);
+        while count.load(Ordering::SeqCst) > 0 {
+            // The time limit only guards against a wake-up that was lost to a panic.
+            let waited = self.left.wait_timeout(guard, Duration::from_millis(200));
+            guard = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -75,11 +99,8 @@ impl Gate {
     pub(super) fn enter<'a>(&'a self, drain: &'a Drain) -> Way<'a> {
         let disk = self.disk.read().unwrap_or_else(PoisonError::into_inner);
         match &*disk {
-            Some(disk) => Way::Tracked(disk.clone()),
-            None => {
-                self.untracked.fetch_add(1, Ordering::SeqCst);
-                Way::Untracked(Untracked { gate: self, drain })
-            }
+            Some(disk) => Way::Tracked(disk.clone(), Counted::new(&self.tracked, drain)),
+            None => Way::Untracked(Counted::new(&self.untracked, drain)),
         }
     }
 
@@ -93,20 +114,18 @@ impl Gate {
             }
             *cell = Some(disk);
         }
-        drain.waiters.fetch_add(1, Ordering::SeqCst);
-        let mut guard = lock(&drain.mutex);
-        while self.untracked.load(Ordering::SeqCst) > 0 {
-            // The time limit only guards against a wake-up that was lost to a panic.
-            let waited = drain.left.wait_timeout(guard, Duration::from_millis(200));
-            guard = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        drain.waiters.fetch_sub(1, Ordering::SeqCst);
+        drain.wait(&self.untracked);
         true
     }
 
-    /// Nobody follows the file any more. Changes in flight still end at the disk that saw them.
-    pub(super) fn retract(&self) -> Option<Arc<dyn TrackedDisk>> {
-        self.disk.write().unwrap_or_else(PoisonError::into_inner).take()
+    /// Nobody follows the file any more; returns when every change that goes through the disk has
+    /// ended there.
+    pub(super) fn retract(&self, drain: &Drain) -> Option<Arc<dyn TrackedDisk>> {
+        let disk = self.disk.write().unwrap_or_else(PoisonError::into_inner).take();
+        if disk.is_some() {
+            drain.wait(&self.tracked);
+        }
+        disk
     }
 
     /// The farthest end of an announced write, in bytes.
@@ -207,5 +226,64 @@ pub(super) fn resize(
     match once() {
         Err(Errno::ENOSPC) if disk.make_room() => once(),
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::base::DiskId;
+    use crate::core::ports::tracking::{SyncMark, Ticket};
+
+    struct Nothing;
+
+    impl TrackedDisk for Nothing {
+        fn id(&self) -> DiskId {
+            DiskId(1)
+        }
+        fn begin(&self, change: Change) -> Result<Ticket, Errno> {
+            Ok(Ticket { epoch: 1, change, shard: 0 })
+        }
+        fn end(&self, _ticket: Ticket, _result: Result<u64, Errno>) {}
+        fn make_room(&self) -> bool {
+            false
+        }
+        fn sync_begins(&self) -> SyncMark {
+            SyncMark(0)
+        }
+        fn sync_ended(&self, _mark: SyncMark, _result: Result<(), Errno>) {}
+    }
+
+    /// Lets a change that is under way end only once `waiter` waits.
+    fn outlives(gate: &Gate, drain: &Drain, waiter: impl FnOnce() + Send) {
+        let ended = AtomicBool::new(false);
+        let change = gate.enter(drain);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| {
+                waiter();
+                assert!(ended.load(Ordering::SeqCst), "it did not wait");
+            });
+            while drain.waiters.load(Ordering::SeqCst) == 0 && !waits.is_finished() {
+                std::thread::yield_now();
+            }
+            // What begins now is not waited for.
+            let later = gate.enter(drain);
+            ended.store(true, Ordering::SeqCst);
+            drop(change);
+            waits.join().unwrap();
+            drop(later);
+        });
+    }
+
+    #[test]
+    fn attach_and_detach_wait_for_the_changes_that_began_before() {
+        let (gate, drain) = (Gate::default(), Drain::default());
+        outlives(&gate, &drain, || assert!(gate.publish(Arc::new(Nothing), &drain)));
+        assert!(matches!(gate.enter(&drain), Way::Tracked(..)));
+        outlives(&gate, &drain, || assert!(gate.retract(&drain).is_some()));
+        assert!(matches!(gate.enter(&drain), Way::Untracked(_)));
+        assert!(gate.retract(&drain).is_none());
     }
 }

@@ -100,11 +100,11 @@ impl Filter {
         }
     }
 
-    /// The file is followed no more, and its key may become another's. Changes in flight still
-    /// end at the disk that they began at, which is returned.
+    /// The file is followed no more, and its key may become another's. Returns its disk when every
+    /// change that began there has ended there.
     pub fn detach(&self, file: FileKey) -> Option<Arc<dyn TrackedDisk>> {
         let node = self.nodes.find(file)?;
-        let disk = node.gate.retract();
+        let disk = node.gate.retract(&self.drain);
         self.nodes.unkeep(&node);
         disk
     }
@@ -155,7 +155,9 @@ impl Filter {
     ) -> OpResult<(u64, bool)> {
         match self.enter(node) {
             Way::Untracked(_counted) => lower().map(|n| (n, false)),
-            Way::Tracked(disk) => make(&node.gate, &*disk, &self.pressure, change, lower).map(|n| (n, true)),
+            Way::Tracked(disk, _counted) => {
+                make(&node.gate, &*disk, &self.pressure, change, lower).map(|n| (n, true))
+            }
         }
     }
 }

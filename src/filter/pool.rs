@@ -16,11 +16,21 @@ const THREADS_MAX: usize = 64;
 pub(super) struct Pool {
     sender: Sender<Job>,
     receiver: Receiver<Job>,
-    threads: AtomicUsize,
-    idle: Arc<AtomicUsize>,
+    threads: Arc<AtomicUsize>,
+    /// Calls handed over that have not ended: beyond the number of threads, one waits for another.
+    outstanding: Arc<AtomicUsize>,
     inside: AtomicUsize,
     /// Slow calls in event loops, at most.
     inside_max: usize,
+}
+
+/// Takes one off when dropped: after a panic, too.
+struct Less(Arc<AtomicUsize>);
+
+impl Drop for Less {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Pool {
@@ -30,8 +40,8 @@ impl Pool {
         Self {
             sender,
             receiver,
-            threads: AtomicUsize::new(0),
-            idle: Arc::default(),
+            threads: Arc::default(),
+            outstanding: Arc::default(),
             inside: AtomicUsize::new(0),
             inside_max: loops / 2,
         }
@@ -48,34 +58,63 @@ impl Pool {
         }
     }
 
-    /// Runs a call in another thread.
+    /// Runs a call in another thread; in this one if there is none and none can be made.
     pub(super) fn hand_over(&self, job: impl FnOnce() + Send + 'static) {
-        let is_short = self.receiver.len() >= self.idle.load(Ordering::SeqCst);
-        if is_short && self.threads.load(Ordering::SeqCst) < THREADS_MAX {
-            self.grow();
+        let outstanding = self.outstanding.fetch_add(1, Ordering::SeqCst) + 1;
+        let less = Less(self.outstanding.clone());
+        let threads = self.threads.load(Ordering::SeqCst);
+        let is_short = outstanding > threads && threads < THREADS_MAX;
+        if is_short && !self.grow() && self.threads.load(Ordering::SeqCst) == 0 {
+            job();
+            return;
         }
+        let counted = move || {
+            let _less = less;
+            job();
+        };
         // The receiver lives as long as we do, so this cannot fail.
-        let _ = self.sender.send(Box::new(job));
+        let _ = self.sender.send(Box::new(counted));
     }
 
-    fn grow(&self) {
-        let (receiver, idle) = (self.receiver.clone(), self.idle.clone());
+    /// One thread more. `false`: it cannot be made.
+    fn grow(&self) -> bool {
+        let receiver = self.receiver.clone();
         let number = self.threads.fetch_add(1, Ordering::SeqCst);
+        let less = Less(self.threads.clone());
         let body = move || {
-            loop {
-                idle.fetch_add(1, Ordering::SeqCst);
-                let job = receiver.recv();
-                idle.fetch_sub(1, Ordering::SeqCst);
-                match job {
-                    Ok(job) => job(),
-                    Err(_) => return,
-                }
+            let _less = less;
+            while let Ok(job) = receiver.recv() {
+                job();
             }
         };
+        // An error drops the body, and with it what it counts.
         let made = std::thread::Builder::new().name(format!("filter-slow-{number}")).spawn(body);
-        if let Err(e) = made {
-            self.threads.fetch_sub(1, Ordering::SeqCst);
-            log::warn!("no thread for slow calls: {e}");
-        }
+        made.map_err(|e| log::warn!("no thread for slow calls: {e}")).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_never_waits_for_a_hung_one_while_a_thread_can_be_made() {
+        let pool = Pool::new(0);
+        let (done, ends) = unbounded();
+        let hung: Vec<_> = (0..THREADS_MAX - 1)
+            .map(|_| {
+                let (release, waits) = unbounded::<()>();
+                let begun = done.clone();
+                pool.run(move || {
+                    let _ = begun.send(());
+                    let _ = waits.recv();
+                });
+                release
+            })
+            .collect();
+        hung.iter().for_each(|_| ends.recv().unwrap());
+        pool.run(move || done.send(()).unwrap());
+        ends.recv().unwrap();
+        drop(hung);
     }
 }

@@ -76,9 +76,9 @@ impl Filter {
         end: u64,
         lower: impl Fn(u64, u64) -> OpResult<()>,
     ) -> OpResult<()> {
-        let disk = match self.enter(&open.node) {
+        let (disk, _counted) = match self.enter(&open.node) {
             Way::Untracked(_counted) => return lower(offset, end - offset),
-            Way::Tracked(disk) => disk,
+            Way::Tracked(disk, counted) => (disk, counted),
         };
         let limit = size_of(&open.file)?.checked_next_multiple_of(BLOCK_BYTES).ok_or(Errno::EFBIG)?;
         // Behind the end: one block, so that the answer is still the lower file system's.
@@ -96,9 +96,9 @@ impl Filter {
         grown: Option<u64>,
         lower: impl Fn() -> OpResult<()>,
     ) -> OpResult<()> {
-        let disk = match self.enter(&open.node) {
+        let (disk, _counted) = match self.enter(&open.node) {
             Way::Untracked(_counted) => return lower(),
-            Way::Tracked(disk) => disk,
+            Way::Tracked(disk, counted) => (disk, counted),
         };
         match grown {
             Some(to) if to > size_of(&open.file)? => {
