@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use afterimage::base::{ErrorKind, PointId, VmId};
+use afterimage::base::{EpochNumber, ErrorKind, PointId, VmId};
 use afterimage::core::ports::points::PointStore;
 use afterimage::core::ports::vault::Vault;
 use afterimage::core::retention::Keep;
@@ -134,6 +134,77 @@ fn lost_data_is_found() {
     file.set_len(0).unwrap();
     file.set_len(16 * BLOCK as u64).unwrap();
     assert_eq!(vault.verify(primary.vm).unwrap().len(), 16);
+
+    // Neither the newest point nor, once it was replaced, the older one shows zeros instead.
+    let first = vault.points(primary.vm).unwrap()[0].id;
+    let reader = vault.open(primary.vm, first).unwrap();
+    let data = reader.next_data(0, 0).unwrap().unwrap();
+    assert_eq!((data.offset, data.length), (0, 16 * BLOCK as u64));
+    primary.disks[0].write(4 * BLOCK, &[7; 2 * BLOCK]);
+    let second = delivered(&vault, &mut primary);
+    let mut block = vec![0; BLOCK];
+    assert_eq!(kind(reader.read_at(0, 4 * BLOCK as u64, &mut block)), ErrorKind::Damaged);
+    assert_eq!(kind(reader.read_at(0, 0, &mut block)), ErrorKind::Damaged);
+    let newest = vault.open(primary.vm, second.point()).unwrap();
+    assert_eq!(newest.read_at(0, 4 * BLOCK as u64, &mut block).unwrap(), BLOCK);
+    assert_eq!(block, [7; BLOCK]);
+}
+
+/// A2: a disk that vanished is not made anew under the points that show it.
+#[test]
+fn a_lost_disk_file_is_told() {
+    for ending in [".img", ".sums"] {
+        let dir = memory_dir();
+        let vault = open(dir.path());
+        let mut primary = Primary::small(31, 8);
+        begin(&vault, &mut primary);
+        let lost = file_in(&vm_dir(&vault, primary.vm).join("disks"), ending);
+        std::fs::remove_file(&lost).unwrap();
+        primary.disks[0].write(0, &[1; BLOCK]);
+        primary.cut().deliver(&*vault).unwrap();
+        let is_told = || vault.last_error(primary.vm).is_some_and(|e| e.contains("is gone"));
+        while !is_told() {
+            assert!(!vault.wait_applied(primary.vm, Duration::from_millis(20)).unwrap());
+        }
+        assert!(!lost.exists());
+    }
+}
+
+/// A kill between the two files of a new disk does not stop the VM.
+#[test]
+fn half_of_a_new_disk_is_made_whole() {
+    for ending in ["img", "sums"] {
+        let dir = memory_dir();
+        let vault = open(dir.path());
+        let mut primary = Primary::small(32, 8);
+        begin(&vault, &mut primary);
+        primary.disks.push(Disk::new(5, "web1/disk5.raw", vec![9; 3 * BLOCK]));
+        let id = primary.disks[1].id;
+        std::fs::write(vm_dir(&vault, primary.vm).join("disks").join(format!("{id}.{ending}")), "").unwrap();
+        let epoch = delivered(&vault, &mut primary);
+        let reader = vault.open(primary.vm, epoch.point()).unwrap();
+        assert_shows(&*reader, &epoch.image, "a new disk");
+    }
+}
+
+/// One VM that cannot be opened takes neither its files nor the other VMs with it.
+#[test]
+fn a_vm_that_cannot_be_read_leaves_the_others_alone() {
+    let dir = memory_dir();
+    let vault = open(dir.path());
+    let (mut bad, mut good) = (Primary::small(33, 8), Primary::small(34, 8));
+    begin(&vault, &mut bad);
+    begin(&vault, &mut good);
+    let inbox = vm_dir(&vault, bad.vm).join("inbox").join(EpochNumber(99).to_string());
+    drop(vault);
+    std::fs::create_dir_all(&inbox).unwrap();
+    std::fs::write(inbox.join("manifest"), "rotten").unwrap();
+    let vault = open(dir.path());
+    assert_eq!(kind(vault.head(bad.vm)), ErrorKind::Damaged);
+    assert_eq!(kind(vault.register(bad.vm, &"web1".parse().unwrap())), ErrorKind::Damaged);
+    assert!(inbox.join("manifest").exists());
+    delivered(&vault, &mut good);
+    assert_eq!(vault.points(good.vm).unwrap().len(), 2);
 }
 
 struct Mounted(tempfile::TempDir);

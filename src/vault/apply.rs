@@ -22,7 +22,7 @@ use std::time::Duration;
 use super::diskfile::DiskFile;
 use super::layout::{make_dir, remove_dir, remove_file};
 use super::plan::{DiskPlan, EpochPlan, Owner};
-use super::steps;
+use super::steps::{self, Steps};
 use super::store::{PointRecord, VmStore, head_of, lock, read_manifest};
 use super::undolog::UndoLog;
 use crate::base::durable::sync_dir;
@@ -169,7 +169,7 @@ fn save_range(disk: &DiskFile, range: std::ops::Range<u64>, out: &mut LogFile) -
     let mut at = range.start;
     let mut buffer = Vec::new();
     while at < range.end {
-        let data = disk.next_data(at)?;
+        let data = disk.next_stored(at, range.end)?;
         let (start, end) = data.map_or((range.end, range.end), |d| (d.offset, d.end()));
         let (start, end) = (start.min(range.end), end.min(range.end));
         if at < start {
@@ -214,6 +214,20 @@ pub(super) struct LogFile {
     file: File,
     temporary: std::path::PathBuf,
     path: std::path::PathBuf,
+    steps: Arc<Steps>,
+    is_finished: bool,
+}
+
+/// A log that did not become whole goes at once: its bytes are missed where there is no room.
+impl Drop for LogFile {
+    fn drop(&mut self) {
+        if !self.is_finished
+            && !self.steps.is_stopped()
+            && let Err(e) = remove_file(&self.temporary)
+        {
+            log::warn!("vault: {e}");
+        }
+    }
 }
 
 impl LogFile {
@@ -224,7 +238,8 @@ impl LogFile {
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary);
         let file = file.context(|| format!("cannot create {}", temporary.display()))?;
-        Ok(Self { writer: UndoWriter::new(), file, temporary, path })
+        let steps = Arc::clone(&store.steps);
+        Ok(Self { writer: UndoWriter::new(), file, temporary, path, steps, is_finished: false })
     }
 
     /// Writes out what waits, if that is `bytes` at least.
@@ -241,12 +256,10 @@ impl LogFile {
         let what = || format!("cannot write {}", self.temporary.display());
         let writer = std::mem::take(&mut self.writer);
         let written = self.file.write_all(&writer.finish(meta)?).and_then(|()| self.file.sync_all());
-        if let Err(e) = written {
-            remove_file(&self.temporary)?;
-            return Err(e).context(what);
-        }
+        written.context(what)?;
         store.steps.step("rename the undo log")?;
         fs::rename(&self.temporary, &self.path).context(what)?;
+        self.is_finished = true;
         store.latch(sync_dir(&store.dir.points()))?;
         store.steps.step("undo log durable")
     }

@@ -29,6 +29,8 @@ pub struct DirectoryVault {
     clock: Arc<dyn Clock>,
     steps: Arc<Steps>,
     vms: Mutex<BTreeMap<VmId, Entry>>,
+    /// VMs that could not be opened, and why: the others are served.
+    broken: Mutex<BTreeMap<VmId, Error>>,
     guard: Mutex<ClockGuard>,
     // Held for life: the lock goes with the descriptor.
     lock: Flock<File>,
@@ -54,12 +56,21 @@ impl DirectoryVault {
         let lock = claim(path)?;
         let vms = path.join("vms");
         let mut entries = BTreeMap::new();
+        let mut broken = BTreeMap::new();
         let mut newest = None;
         for name in names(&vms)? {
             if name.starts_with(".new-") || name.starts_with(".purged-") {
                 remove_dir(&vms.join(&name))?;
             } else if let Ok(id) = name.parse::<VmId>() {
-                let store = opening::open(path, id, Arc::clone(&clock), Arc::clone(&steps))?;
+                let store = match opening::open(path, id, Arc::clone(&clock), Arc::clone(&steps)) {
+                    Ok(store) => store,
+                    Err(e) if e.kind() == ErrorKind::Cancelled => return Err(e),
+                    Err(e) => {
+                        log::error!("vault {}: VM {id} cannot be used: {e}", path.display());
+                        broken.insert(id, e);
+                        continue;
+                    }
+                };
                 newest = newest.max(self::lock(&store.shared).points.last().map(|p| p.info.arrived));
                 entries.insert(id, Entry::start(store)?);
             }
@@ -67,8 +78,8 @@ impl DirectoryVault {
         // The clock is believed as far as it continues the newest arrival (A4).
         let guard = ClockGuard::new(newest.unwrap_or_else(|| clock.now()), clock.monotonic());
         let root = path.to_owned();
-        let (vms, guard) = (Mutex::new(entries), Mutex::new(guard));
-        Ok(Arc::new(Self { root, clock, steps, vms, guard, lock }))
+        let (vms, broken, guard) = (Mutex::new(entries), Mutex::new(broken), Mutex::new(guard));
+        Ok(Arc::new(Self { root, clock, steps, vms, broken, guard, lock }))
     }
 
     /// Its folder.
@@ -96,10 +107,20 @@ impl DirectoryVault {
     fn store(&self, vm: VmId) -> Result<Arc<VmStore>> {
         let vms = lock(&self.vms);
         let found = vms.get(&vm).map(|entry| Arc::clone(&entry.store));
+        drop(vms);
+        self.check_whole(vm)?;
         found.ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("the vault has no VM {vm}"))
                 .why("it was never protected with this vault, or was purged")
         })
+    }
+
+    /// Refuses a VM that could not be opened.
+    fn check_whole(&self, vm: VmId) -> Result<()> {
+        let broken = lock(&self.broken);
+        let Some(e) = broken.get(&vm) else { return Ok(()) };
+        let hint = e.next_step().unwrap_or("check the disks of the vault, then restart the daemon");
+        Err(Error::new(e.kind(), e.what()).why(e.reason().unwrap_or_default()).hint(hint))
     }
 
     /// Whether the clock can be trusted for deletion (A4).
@@ -189,6 +210,7 @@ impl Drop for DirectoryVault {
 
 impl Vault for DirectoryVault {
     fn register(&self, vm: VmId, name: &VmName) -> Result<()> {
+        self.check_whole(vm)?;
         {
             let mut vms = lock(&self.vms);
             if !vms.contains_key(&vm) {

@@ -22,6 +22,8 @@ use crate::base::{BLOCK_BYTES, DiskId, Error, ErrorKind, Extent, Result};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 const SUM_BYTES: u64 = 8;
+/// Checksums that are looked through at once (2 MiB of disk).
+const SUMS_AT_ONCE: u64 = 512;
 const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Rounds up to whole blocks.
@@ -49,7 +51,9 @@ impl DiskFile {
             options.read(true).write(true).create(create).mode(0o600);
             options.open(&path).context(|| format!("cannot open {}", path.display()))
         };
-        Ok(Self { id, image: open(dir.disk(id))?, sums: open(dir.sums(id))? })
+        // The image last: where it is the sums are too.
+        let sums = open(dir.sums(id))?;
+        Ok(Self { id, image: open(dir.disk(id))?, sums })
     }
 
     /// Opens a disk to read it.
@@ -181,24 +185,35 @@ impl DiskFile {
         Ok(Some(Extent { offset: start, length }))
     }
 
-    /// The first run of blocks at or after `offset` of which the image or the sums have something.
-    pub fn next_stored(&self, offset: u64) -> Result<Option<Extent>> {
+    /// The first run of blocks at or after `offset` of which the image or, before `end`, the sums
+    /// have something: content that the image lost is found like content that it has.
+    pub fn next_stored(&self, offset: u64, end: u64) -> Result<Option<Extent>> {
         let data = self.next_data(offset)?;
-        let place = offset / BLOCK_BYTES * SUM_BYTES;
-        let sums = match lseek(self.sums.as_fd(), place.cast_signed(), Whence::SeekData) {
-            Ok(found) => Some(found.cast_unsigned() / SUM_BYTES * BLOCK_BYTES),
-            Err(Errno::ENXIO) => None,
-            Err(e) => return Err(e).context(|| self.what("look for checksums of")),
-        };
-        // What the sums alone have is looked at block by block of theirs (2 MiB of disk).
-        let sums = sums.map(|at| Extent { offset: at.max(offset), length: BLOCK_BYTES * 512 });
-        Ok(match (data, sums) {
-            (Some(d), Some(s)) if s.offset < d.offset => {
-                Some(Extent { offset: s.offset, length: s.length.min(d.offset - s.offset) })
+        let stop = data.map_or(end, |d| d.offset.min(end));
+        Ok(self.next_summed(offset..stop)?.or(data))
+    }
+
+    /// The first run of blocks in `range` that have a checksum, or the beginning of it.
+    fn next_summed(&self, range: Range<u64>) -> Result<Option<Extent>> {
+        let mut at = range.start;
+        while at < range.end {
+            let place = at / BLOCK_BYTES * SUM_BYTES;
+            let found = match lseek(self.sums.as_fd(), place.cast_signed(), Whence::SeekData) {
+                Ok(found) => found.cast_unsigned() / SUM_BYTES * BLOCK_BYTES,
+                Err(Errno::ENXIO) => return Ok(None),
+                Err(e) => return Err(e).context(|| self.what("look for checksums of")),
+            };
+            at = at.max(found);
+            let count = range.end.saturating_sub(at).div_ceil(BLOCK_BYTES).min(SUMS_AT_ONCE);
+            let sums = self.read_sums(at, usize::try_from(count).unwrap_or(0))?;
+            if let Some(first) = sums.iter().position(|sum| *sum != 0) {
+                let blocks = sums.iter().skip(first).take_while(|sum| **sum != 0).count();
+                let offset = at + first as u64 * BLOCK_BYTES;
+                return Ok(Some(Extent { offset, length: blocks as u64 * BLOCK_BYTES }));
             }
-            (Some(d), _) => Some(d),
-            (None, s) => s,
-        })
+            at += count * BLOCK_BYTES;
+        }
+        Ok(None)
     }
 
     /// Free and total bytes of the file system below.

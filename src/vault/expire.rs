@@ -141,7 +141,14 @@ fn copy_frame(log: &UndoLog, kept: &KeptFrame, out: &mut LogFile) -> Result<()> 
     let is_whole = kept.kept.first() == Some(&frame.range());
     let is_damaged = frame.encoding == crate::format::frames::Encoding::Damaged;
     if is_whole {
-        return out.writer.save_frame(frame, &log.read_stored(frame)?);
+        let saved = log.read_stored(frame).and_then(|stored| out.writer.save_frame(frame, &stored));
+        return match saved {
+            Err(e) if e.kind() == ErrorKind::Damaged && !frame.encoding.is_empty() => {
+                log::error!("{e}");
+                out.writer.save_damaged(frame.disk, frame.offset, &vec![0; frame.length as usize])
+            }
+            saved => saved,
+        };
     }
     if frame.encoding.is_empty() {
         for r in &kept.kept {
@@ -150,7 +157,11 @@ fn copy_frame(log: &UndoLog, kept: &KeptFrame, out: &mut LogFile) -> Result<()> 
         return Ok(());
     }
     // Damaged content stays damaged, and a frame that rotted becomes it.
-    let content = if is_damaged { Err(()) } else { log.read_frame(frame).map_err(drop) };
+    let content = match log.read_frame(frame) {
+        _ if is_damaged => Err(()),
+        Err(e) if e.kind() != ErrorKind::Damaged => return Err(e),
+        content => content.map_err(|e| log::error!("{e}")),
+    };
     for r in &kept.kept {
         let (from, to) = ((r.start - frame.offset) as usize, (r.end - frame.offset) as usize);
         match &content {

@@ -8,6 +8,8 @@
 //! | inbox of an applied epoch | removal was interrupted | removed |
 //! | inbox with a manifest whose parent is the head | committed | applied |
 //! | inbox with a manifest that continues nothing | cannot be applied | manifest removed, parts stay |
+//! | manifest in the inbox that cannot be read | it may be acknowledged | the VM is not opened |
+//! | *applying*, and its manifest does not come next | the disks hold half of it | latched |
 //! | inbox without a manifest | an epoch being received | stays; the shipper asks for it |
 //! | `inbox/first` and a point | first copy committed | removed |
 //! | disk file of no point and no epoch | disk is gone, or first copy abandoned | removed |
@@ -68,6 +70,7 @@ pub(super) fn open(vault: &Path, vm: VmId, clock: Arc<dyn Clock>, steps: Arc<Ste
     remove_leftovers(&dir, &doc, &chain)?;
     let (points, last_error) = load_points(&dir, &doc, &chain);
     let (queue, head) = load_inbox(&dir, &doc)?;
+    let latched = half_applied(&doc, &queue);
     let intake = match doc.applied {
         None => Some(FirstCopy::load(&dir)?),
         Some(_) => {
@@ -76,7 +79,7 @@ pub(super) fn open(vault: &Path, vm: VmId, clock: Arc<dyn Clock>, steps: Arc<Ste
         }
     };
     let is_complete = doc.points().count() == points.len();
-    tidy_disks(&dir, &points, &queue, intake.as_ref(), is_complete)?;
+    tidy_disks(&dir, &points, &queue, intake.as_ref(), is_complete && latched.is_none())?;
     let shared = Shared {
         file,
         current_as_of: head.map(|h| h.cut_time),
@@ -85,7 +88,7 @@ pub(super) fn open(vault: &Path, vm: VmId, clock: Arc<dyn Clock>, steps: Arc<Ste
         points,
         open: HashMap::new(),
         last_error,
-        latched: None,
+        latched,
         is_stopping: false,
         verified: HashSet::new(),
         pokes: 0,
@@ -138,7 +141,17 @@ fn load_points(dir: &VmDir, doc: &VmState, chain: &[Arc<UndoLog>]) -> (Vec<Point
     (points, problem)
 }
 
-/// Committed epochs that continue what is applied, and the newest of them.
+/// Why nothing can be applied: an epoch overwrote the disks in part, and is not there to go on with.
+/// Its undo log shows all points; another epoch would take the half of it for the newest point.
+fn half_applied(doc: &VmState, queue: &VecDeque<Waiting>) -> Option<String> {
+    let applying = doc.applying.filter(|epoch| queue.front().map(|w| w.epoch) != Some(*epoch))?;
+    let why = format!("epoch {applying} was half applied, and its manifest is not in the inbox any more");
+    log::error!("vault: {why}");
+    Some(why)
+}
+
+/// Committed epochs that continue what is applied, and the newest of them. What cannot be read may
+/// have been acknowledged, so it is never taken for something that is not there.
 fn load_inbox(dir: &VmDir, doc: &VmState) -> Result<(VecDeque<Waiting>, Option<Head>)> {
     let mut head = doc.applied.map(|a| head_of(a.epoch, a.digest, a.cut_time));
     let mut queue = VecDeque::new();
@@ -154,22 +167,24 @@ fn load_inbox(dir: &VmDir, doc: &VmState) -> Result<(VecDeque<Waiting>, Option<H
         for name in names(&dir.epoch(epoch))?.iter().filter(|n| n.ends_with(".new")) {
             remove_file(&dir.epoch(epoch).join(name))?;
         }
-        if !path.exists() {
+        if !path.try_exists().context(|| format!("cannot look for {}", path.display()))? {
             continue;
         }
-        match read_manifest(&path) {
-            Ok(stored)
-                if stored.manifest.epoch == epoch && stored.manifest.parent == head.map(|h| h.digest) =>
-            {
-                let bytes = stored.manifest.parts.iter().map(|p| p.length).sum();
-                queue.push_back(Waiting { epoch, bytes });
-                head = Some(head_of(epoch, stored.digest, stored.manifest.cut_time));
-            }
-            other => {
-                let why = other.err().map_or_else(|| "it continues nothing".into(), |e| e.to_string());
-                log::error!("vault: manifest {} is removed: {why}", path.display());
-                remove_file(&path)?;
-            }
+        let stored = read_manifest(&path).map_err(|e| {
+            e.hint(format!(
+                "check the disks of the vault, then restart the daemon; without {} the VM is sent whole",
+                path.display()
+            ))
+        })?;
+        if stored.manifest.epoch == epoch && stored.manifest.parent == head.map(|h| h.digest) {
+            let bytes = stored.manifest.parts.iter().map(|p| p.length).sum();
+            queue.push_back(Waiting { epoch, bytes });
+            head = Some(head_of(epoch, stored.digest, stored.manifest.cut_time));
+        } else if doc.applying.is_some_and(|a| queue.front().map(|w| w.epoch) != Some(a)) {
+            log::error!("vault: manifest {} continues nothing; it stays", path.display());
+        } else {
+            log::error!("vault: manifest {} is removed: it continues nothing", path.display());
+            remove_file(&path)?;
         }
     }
     Ok((queue, head))

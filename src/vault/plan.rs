@@ -1,14 +1,14 @@
 //! What an epoch does to the disk files: which part owns which bytes, and what becomes a hole.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::diskfile::{DiskFile, block_end, block_start};
 use super::store::{VmStore, lock};
 use super::undolog::read_tail;
 use crate::base::error::Context;
-use crate::base::{DiskId, ErrorKind, ExtentMap, ExtentSet, Result};
+use crate::base::{DiskId, Error, ErrorKind, ExtentMap, ExtentSet, Result};
 use crate::format::part::PartIndex;
 use crate::format::vaultstate::StoredManifest;
 
@@ -82,12 +82,21 @@ impl EpochPlan {
             let path = store.dir.part(manifest.epoch, &part.name);
             parts.push(PlannedPart { index: read_index(&path, part.length)?, path });
         }
-        let before: Arc<[DiskId]> =
-            lock(&store.shared).points.last().map_or_else(|| [].into(), |p| Arc::clone(&p.disks));
+        let before = disks_before(store)?;
+        let shown = store.needed_disks();
         let indexes: Vec<&PartIndex> = parts.iter().map(|p| &p.index).collect();
         let mut disks = Vec::with_capacity(manifest.disks.len());
         for m in &manifest.disks {
-            let is_new = !store.dir.disk(m.id).exists();
+            let (image, sums) = (store.dir.disk(m.id), store.dir.sums(m.id));
+            let is_there =
+                |path: &Path| path.try_exists().context(|| format!("cannot look for {}", path.display()));
+            // One without the other was being made when we were killed: no point has it.
+            let is_new = !is_there(&image)? || !is_there(&sums)?;
+            if is_new && (before.contains(&m.id) || shown.contains(&m.id)) {
+                return Err(Error::new(ErrorKind::Damaged, format!("disk {} of the vault is gone", m.id))
+                    .why(format!("{} or {} is missing", image.display(), sums.display()))
+                    .hint("check the disks of the vault: what shows them now shows less than they had"));
+            }
             let disk = DiskFile::open(&store.dir, m.id, is_new)?;
             let old_size = if is_new { None } else { Some(disk.size()?) };
             let mut owners = owners_of(m.id, block_end(m.size), &indexes);
@@ -116,19 +125,31 @@ impl EpochPlan {
     }
 }
 
+/// The disks of the point that the disk files hold now.
+fn disks_before(store: &VmStore) -> Result<Arc<[DiskId]>> {
+    let Some(applied) = lock(&store.doc).applied else { return Ok([].into()) };
+    let listed = lock(&store.shared).points.last().filter(|p| p.epoch() == applied.epoch).cloned();
+    match listed {
+        Some(point) => Ok(point.disks),
+        // A point that cannot be shown has disks all the same.
+        None => Ok(store.read_point(applied.epoch)?.manifest.disks.iter().map(|d| d.id).collect()),
+    }
+}
+
 /// Reads the index of a part with two small reads.
-pub(super) fn read_index(path: &std::path::Path, length: u64) -> Result<PartIndex> {
+pub(super) fn read_index(path: &Path, length: u64) -> Result<PartIndex> {
     PartIndex::decode(&read_index_bytes(path, length)?, length)
 }
 
 /// The bytes from the index of a part to its end.
-pub(super) fn read_index_bytes(path: &std::path::Path, length: u64) -> Result<Vec<u8>> {
+pub(super) fn read_index_bytes(path: &Path, length: u64) -> Result<Vec<u8>> {
     let what = || format!("cannot read part {}", path.display());
     let file = File::open(path).context(what)?;
     let found = file.metadata().context(what)?.len();
     if found != length {
-        return Err(crate::base::Error::new(ErrorKind::Damaged, what())
-            .why(format!("it has {found} bytes instead of {length}")));
+        return Err(
+            Error::new(ErrorKind::Damaged, what()).why(format!("it has {found} bytes instead of {length}"))
+        );
     }
     Ok(read_tail(&file, length, |footer| PartIndex::place(footer, length))?.0)
 }

@@ -190,7 +190,7 @@ impl Reader {
                 return Ok(if frame.encoding.is_empty() { Step::GoOn(stop) } else { Step::Data(at..stop) });
             }
             let stop = next.map_or(end, |(r, _)| r.start);
-            let data = file.next_data(at)?;
+            let data = file.next_stored(at, stop)?;
             if self.is_outdated(merged.upto) {
                 continue;
             }

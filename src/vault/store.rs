@@ -1,7 +1,7 @@
 //! One VM of the vault: what is known in memory, and the locks around it.
 //!
 //! Locks, always taken in this order: `intake` (parts and commits), `work` (apply, expire, purge),
-//! `doc` (`state.json`), then `shared` and `chain` (memory only, never held over I/O).
+//! `doc` (`state.json`), then `shared`, `merged` and `chain` (memory only, never held over I/O).
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::Path;
@@ -197,16 +197,22 @@ impl VmStore {
     /// Replaces the chain after points were dropped. Cached indexes may have been made for points
     /// that are no boundary any more, so they go.
     pub fn set_chain(&self, chain: Vec<Arc<UndoLog>>) {
+        let mut cached = lock(&self.merged);
         *self.chain.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(chain);
-        lock(&self.merged).clear();
+        cached.clear();
     }
 
     /// The merged index of a point, from what is cached where that helps.
     pub fn merged(&self, point: EpochNumber) -> Result<Merged> {
-        let chain = self.chain();
-        let nearest = {
+        // Chain and index are taken together: what is cached was made for boundaries of this chain
+        // or, where points went while it was made, is not used.
+        let (chain, nearest) = {
             let cached = lock(&self.merged);
-            cached.iter().filter(|(p, _)| *p >= point).min_by_key(|(p, _)| *p).cloned()
+            let chain = self.chain();
+            let is_boundary = |p: EpochNumber| p == point || chain.iter().any(|log| log.epoch == p);
+            let newer = cached.iter().filter(|(p, _)| *p >= point && is_boundary(*p));
+            let nearest = newer.min_by_key(|(p, _)| *p).cloned();
+            (chain, nearest)
         };
         let mut merged = match nearest {
             Some((p, m)) => {

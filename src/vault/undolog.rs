@@ -70,7 +70,9 @@ impl UndoLog {
         let mut stored = vec![0; frame.stored as usize];
         if !stored.is_empty() {
             let file = File::open(&self.path).context(|| self.what())?;
-            file.read_exact_at(&mut stored, frame.place).context(|| self.what())?;
+            // What the disk below cannot read is as lost as what it reads wrong.
+            let read = file.read_exact_at(&mut stored, frame.place).context(|| self.what());
+            read.map_err(|e| e.with_kind(ErrorKind::Damaged))?;
         }
         Ok(stored)
     }

@@ -65,7 +65,7 @@ fn verify_disk(store: &VmStore, id: DiskId, found: &mut Vec<String>) -> Result<(
     };
     let mut at = 0;
     let mut buffer = Vec::new();
-    while let Some(run) = disk.next_stored(at)? {
+    while let Some(run) = disk.next_stored(at, u64::MAX)? {
         let mut offset = run.offset;
         while offset < run.end() {
             let length = (run.end() - offset).min(PIECE_BYTES);
