@@ -220,6 +220,10 @@ fn a_protected_disk_is_restored_as_it_was_at_each_point() {
     let job = world.protect("web1", &[&disk]).unwrap();
     assert!(job.steps.iter().all(|s| s.state == JobState::Done), "{job:?}");
     assert_eq!(world.points("web1").len(), 1);
+    // The first copy is no trouble.
+    let events = world.engine().events(EventsRequest::default()).unwrap().events;
+    let troubles: Vec<_> = events.iter().filter(|e| e.severity != Severity::Info).collect();
+    assert!(troubles.is_empty(), "{troubles:?}");
     write(&disk, 1 << 20, &[2; 5000]);
     world.sync("web1");
     let old = fs::read(&disk).unwrap();
@@ -255,7 +259,7 @@ fn names_are_taken_and_points_outlive_protection() {
     refused(world.protect("web1", &[&b]), ErrorKind::Exists, "protected already");
     refused(world.protect("web2", &[&a]), ErrorKind::Refused, "web1");
     let unprotect = |purge| world.engine().unprotect(UnprotectRequest { vm: "web1".to_owned(), purge });
-    unprotect(false).unwrap();
+    assert!(unprotect(false).unwrap().message.ends_with("1 point is kept"));
     assert_eq!(unprotect(false).unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(world.points("web1").len(), 1);
     refused(world.protect("web1", &[&b]), ErrorKind::Exists, "--purge");
@@ -335,4 +339,64 @@ fn overlays_join_and_followed_folders_are_followed() {
     let to = world.restore("web1", PointSpec::Latest, "to").unwrap();
     let check = Command::new("qemu-img").arg("check").arg("-q").arg(to.join("overlay.qcow2")).status();
     assert!(check.unwrap().success());
+    // An image whose backing file is nowhere: all is restored that there is, and it is said.
+    fs::remove_file(&base).unwrap();
+    world.sync("web1");
+    let partial = world.restore("web1", PointSpec::Latest, "partial");
+    let e = partial.unwrap_err();
+    assert!(e.kind() == ErrorKind::Partial && e.to_string().contains("base.raw"), "{e}");
+    assert!(world.dir.path().join("partial/overlay.qcow2").exists());
+}
+
+#[test]
+fn folders_and_disks_that_are_exchanged_keep_what_they_are() {
+    let world = World::mounted();
+    let (a, b) = (world.disk("one/x.raw", 1 << 20), world.disk("two/x.raw", 2 << 20));
+    let c = world.disk("c.raw", 3 << 20);
+    world.protect("web1", &[&a, &b, &c]).unwrap();
+    for (at, path) in [&a, &b, &c].into_iter().enumerate() {
+        write(path, 4096, &[u8::try_from(at).unwrap() + 1; 4096]);
+    }
+    let exchange = |from: &Path, to: &Path| {
+        let flags = nix::fcntl::RenameFlags::RENAME_EXCHANGE;
+        nix::fcntl::renameat2(nix::fcntl::AT_FDCWD, from, nix::fcntl::AT_FDCWD, to, flags).unwrap();
+    };
+    exchange(&world.images.join("one"), &world.images.join("two"));
+    exchange(&b, &c);
+    let point = world.sync("web1");
+    assert!(point.changed_bytes <= 1 << 20, "{point:?}");
+    let to = world.restore("web1", PointSpec::Latest, "to").unwrap();
+    for path in [&a, &b, &c] {
+        let restored = to.join(path.strip_prefix(&world.images).unwrap());
+        assert!(fs::read(restored).unwrap() == fs::read(path).unwrap(), "{}", path.display());
+    }
+}
+
+#[test]
+fn a_disk_written_while_its_vm_waits_for_another_mount_is_sent_whole() {
+    let world = World::mounted();
+    let other = world.images.with_file_name("other");
+    fs::create_dir(&other).unwrap();
+    let mount_other = || {
+        let request = MountRequest {
+            source: other.clone(),
+            dir: other.clone(),
+            single_host: false,
+            options: Vec::new(),
+        };
+        world.engine().mount(request).unwrap();
+    };
+    mount_other();
+    let (a, b) = (world.disk("a.raw", 1 << 20), other.join("b.raw"));
+    File::create(&b).unwrap().set_len(1 << 20).unwrap();
+    world.protect("web1", &[&a, &b]).unwrap();
+    world.engine().umount(UmountRequest { dir: other.clone() }).unwrap();
+    // Its mount serves, and nobody tracks it.
+    let modified = fs::metadata(&a).unwrap().modified().unwrap();
+    write(&a, 0, b"untracked");
+    File::open(&a).unwrap().set_modified(modified).unwrap();
+    mount_other();
+    world.sync("web1");
+    let to = world.restore("web1", PointSpec::Latest, "to").unwrap();
+    assert!(fs::read(to.join("a.raw")).unwrap() == fs::read(&a).unwrap());
 }

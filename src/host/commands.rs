@@ -299,7 +299,11 @@ impl Engine {
         if points == 0 && vm.target.purge(vm.id).is_ok() {
             self.forget_vm(&vm);
         }
-        done(format!("{name} is not protected any more; {points} points are kept"))
+        let kept = match points {
+            1 => "1 point is kept".to_owned(),
+            n => format!("{n} points are kept"),
+        };
+        done(format!("{name} is not protected any more; {kept}"))
     }
 
     fn purge(&self, vm: &Vm) -> Result<Done> {

@@ -26,7 +26,7 @@ use super::status::Caches;
 use super::targets::Targets;
 use super::views::Views;
 use super::vm::Vm;
-use crate::base::{BootId, Clock, Error, ErrorKind, Result, SystemClock, Timestamp, VmId};
+use crate::base::{Clock, Error, ErrorKind, Result, SystemClock, Timestamp, VmId};
 use crate::tracker::Tracker;
 
 /// A predecessor gets so long to be gone entirely (S1).
@@ -37,7 +37,6 @@ pub struct Engine {
     pub(super) state: StateDir,
     pub(super) config: Config,
     pub(super) clock: Arc<dyn Clock>,
-    pub(super) boot: BootId,
     pub(super) jobs: Jobs,
     pub(super) events: Events,
     pub(super) policies: Policies,
@@ -101,7 +100,6 @@ impl Engine {
             state,
             config,
             clock,
-            boot,
             _lock: lock,
         });
         if let Some(text) = put_aside {

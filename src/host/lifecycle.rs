@@ -78,16 +78,23 @@ impl ShipObserver for Hooks {
     }
 
     fn ships_whole(&self, _vm: VmId, because: &str) {
-        self.tell(Severity::Warning, "ships-whole", &format!("every disk is sent whole: {because}"));
+        // The first copy is no trouble.
+        let is_first = self.vm.upgrade().is_some_and(|vm| vm.record().phase == Phase::Initial);
+        let severity = if is_first { Severity::Info } else { Severity::Warning };
+        self.tell(severity, "ships-whole", &format!("every disk is sent whole: {because}"));
     }
 }
 
 impl Engine {
-    /// Opens a VM after a start or a mount: the recovery table decides what its maps are worth.
-    /// Its disks are in the write path when this returns; the mounts do not serve yet.
+    /// Opens a VM after a start or a mount, if it is not open: the recovery table decides what its
+    /// maps are worth. Its disks are in the write path when this returns. A disk whose mount
+    /// serves already may have been written to while nobody tracked it.
     pub(super) fn open_vm(&self, vm: &Arc<Vm>) -> Result<()> {
-        let record = vm.record();
         let _one = vm.lock_membership();
+        if vm.running().is_some() {
+            return Ok(());
+        }
+        let record = vm.record();
         let mut specs = Vec::new();
         let mut places = Vec::new();
         for disk in &record.disks {
@@ -95,7 +102,8 @@ impl Engine {
             let is_raw = disk.format == ImageFormat::Raw;
             match self.candidate(mount, &disk.path, is_raw) {
                 Ok(candidate) => {
-                    let entering = enter(disk.id, &candidate)?;
+                    let mut entering = enter(disk.id, &candidate)?;
+                    entering.spec.changed_beneath = entering.mount.is_serving();
                     specs.push(entering.spec);
                     places.push((disk.id, entering.mount, entering.key));
                 }
@@ -155,7 +163,6 @@ impl Engine {
             interval: vm.interval(&self.policies),
             paused: record.paused,
             record_path: self.state.vms().join(format!("{}.ship", vm.id)),
-            boot: self.boot,
             generation: GENERATION,
         };
         let hooks = Arc::new(Hooks { engine: self.me.clone(), vm: Arc::downgrade(vm) });

@@ -12,6 +12,9 @@
 //! removals are followed at once, under the membership lock of the VM; what appears is only
 //! noted, and looked at before the next cut. Nothing done under that lock goes through a mount.
 //!
+//! A move is told to the tracker first, whose log is then durable beside the disk, and only then
+//! becomes the record: a record never names a path whose log is elsewhere.
+//!
 //! Killed between the lower rename and the record: the next start finds no file at the old path
 //! and lets that disk go; in a followed folder the new path joins. Older points show the VM as
 //! it was. Disk full: the record is changed in memory and written with the next change.
@@ -28,8 +31,6 @@ use super::records::{DiskRecord, VmRecord};
 use super::vm::Vm;
 use crate::base::{DiskId, Error, ErrorKind, FileKey, Result};
 use crate::core::ports::names::{NameEvent, NameWatcher};
-use crate::core::ports::source::Source;
-use crate::core::ports::tracking::{Change, TrackedDisk};
 use crate::machine::chain::backing_path;
 use crate::tracker::DiskSpec;
 
@@ -195,6 +196,8 @@ impl Engine {
             && vm.id == other.id
         {
             let _one = vm.lock_membership();
+            self.tell_tracker_of_move(vm, mount, one, b.0);
+            self.tell_tracker_of_move(vm, mount, two, a.0);
             // The records change together: a path is never that of two disks.
             vm.follow(&self.state, |r| {
                 for disk in &mut r.disks {
@@ -205,8 +208,6 @@ impl Engine {
                     }
                 }
             });
-            self.tell_tracker_of_move(vm, mount, one, b.0);
-            self.tell_tracker_of_move(vm, mount, two, a.0);
             return;
         }
         for (disk, path) in [(first, a.0), (second, b.0)] {
@@ -219,27 +220,23 @@ impl Engine {
     }
 
     fn exchange_folders(&self, mount: &Arc<Mounted>, a: &Path, b: &Path) {
-        // Through a name that cannot be one, so that no path is that of two disks.
-        let between = PathBuf::from("/exchange");
-        for (from, to) in [(a, between.as_path()), (b, a), (between.as_path(), b)] {
-            let moved_to = |path: &Path| path.strip_prefix(from).ok().map(|rest| join(to, rest));
-            for vm in self.vms() {
-                let _one = vm.lock_membership();
-                vm.follow(&self.state, |r| {
-                    let here = r.disks.iter_mut().filter(|d| d.mount == mount.dir());
-                    for disk in here {
-                        disk.path = moved_to(&disk.path).unwrap_or_else(|| disk.path.clone());
-                    }
-                });
-            }
-        }
+        let moved = |path: &Path| {
+            let to = |from: &Path, to: &Path| path.strip_prefix(from).ok().map(|rest| join(to, rest));
+            to(a, b).or_else(|| to(b, a))
+        };
         for vm in self.vms() {
             let _one = vm.lock_membership();
             for disk in vm.record().disks.iter().filter(|d| d.mount == mount.dir()) {
-                if disk.path.starts_with(a) || disk.path.starts_with(b) {
-                    self.tell_tracker_of_move(&vm, mount, disk, &disk.path);
+                if let Some(to) = moved(&disk.path) {
+                    self.tell_tracker_of_move(&vm, mount, disk, &to);
                 }
             }
+            // All at once, so that no path is that of two disks.
+            vm.follow(&self.state, |r| {
+                for disk in r.disks.iter_mut().filter(|d| d.mount == mount.dir()) {
+                    disk.path = moved(&disk.path).unwrap_or_else(|| disk.path.clone());
+                }
+            });
         }
     }
 
@@ -250,12 +247,12 @@ impl Engine {
         if filter.is_some_and(|f| f.matches(&disk.path) && !f.matches(to)) {
             return self.leave(vm, mount, disk, "it was moved out of the folder");
         }
+        self.tell_tracker_of_move(vm, mount, disk, to);
         vm.follow(&self.state, |r| {
             for d in r.disks.iter_mut().filter(|d| d.id == disk.id) {
                 d.path = to.to_owned();
             }
         });
-        self.tell_tracker_of_move(vm, mount, disk, to);
         let text = format!("disk {} is now {}", disk.view_path().display(), mount.dir().join(to).display());
         self.events.add(Severity::Info, Some(vm.name().as_str()), "disk-renamed", &text);
     }
@@ -305,19 +302,16 @@ impl Engine {
         let running = vm.expect_running()?;
         let record = disk.record();
         let entering = enter(record.id, &disk)?;
-        let frozen = || running.tracker.frozen().map(|cut| cut.epoch);
-        let before = frozen();
         let added = running.tracker.add_disk(entering.spec)?;
-        entering.mount.attach(entering.key, added.clone())?;
-        running.tracker.disk_attached(record.id)?;
-        if frozen() != before {
-            // A cut was faster than the attach: what was written meanwhile has no mark, so
-            // everything gets one.
-            let length = disk.looked.size;
-            let ticket = added.begin(Change::Write { offset: 0, length }).map_err(|e| {
-                Error::io(format!("disk {} cannot be marked", disk.view_path().display()), e.into())
-            })?;
-            added.end(ticket, Ok(length));
+        // No cut is made until the tracker is told that the disk is in the write path.
+        let attached = entering
+            .mount
+            .attach(entering.key, added)
+            .and_then(|()| running.tracker.disk_attached(record.id));
+        if let Err(e) = attached {
+            entering.mount.detach(record.id);
+            running.tracker.remove_disk(record.id)?;
+            return Err(e);
         }
         let (shown, backing) = (disk.view_path(), disk.info.backing());
         vm.follow(&self.state, |r| r.disks.push(record.clone()));
@@ -327,31 +321,44 @@ impl Engine {
         Ok(())
     }
 
-    /// Before a cut: files that appeared and belong to this VM join it.
+    /// Before a cut: files that appeared and belong to this VM join it. An error: one could not be
+    /// looked at, or could not join; it stays noted, and nothing counts as current without it.
     pub(super) fn before_cut(&self, vm: &Vm) -> Result<()> {
+        let mut result = Ok(());
         for mount in self.mounts.all() {
             for path in mount.noted() {
-                match self.look_at(vm, &mount, &path) {
-                    Ok(Verdict::Joins(disk)) => {
-                        mount.forget_note(&path);
-                        let _one = vm.lock_membership();
-                        self.join(vm, *disk)?;
-                    }
-                    Ok(Verdict::Another) => {}
-                    Ok(Verdict::Nobody) => mount.forget_note(&path),
-                    Ok(Verdict::Skipped(why)) => {
-                        mount.forget_note(&path);
-                        if mount.tell_once(&path) {
-                            self.events.add(Severity::Info, Some(vm.name().as_str()), "disk-skipped", &why);
-                        }
-                    }
-                    Err(e) => {
-                        mount.forget_note(&path);
-                        log::debug!("{}: {e}", path.display());
-                    }
-                }
+                let settled = self.settle(vm, &mount, &path);
+                result = result.and(settled);
             }
         }
+        result
+    }
+
+    /// Deals with a file that appeared.
+    fn settle(&self, vm: &Vm, mount: &Arc<Mounted>, path: &Path) -> Result<()> {
+        match self.look_at(vm, mount, path) {
+            Ok(Verdict::Joins(disk)) => {
+                let _one = vm.lock_membership();
+                match self.join(vm, *disk) {
+                    Err(e) if is_gone(&e) => {}
+                    // It is tried again, whatever it is.
+                    Err(e) if !e.is_recoverable() => return Err(e.with_kind(ErrorKind::Io)),
+                    joined => joined?,
+                }
+            }
+            Ok(Verdict::Another) => return Ok(()),
+            Ok(Verdict::Nobody) => {}
+            Ok(Verdict::Skipped(why)) => {
+                if mount.tell_once(path) {
+                    self.events.add(Severity::Info, Some(vm.name().as_str()), "disk-skipped", &why);
+                }
+            }
+            Err(e) if matches!(e.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => return Err(e),
+            // Any other error is about a file that is no image, or an unreadable one: a file of
+            // somebody else must not hold up this VM.
+            Err(e) => log::debug!("{}: {e}", path.display()),
+        }
+        mount.forget_note(path);
         Ok(())
     }
 

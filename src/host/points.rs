@@ -124,11 +124,12 @@ impl Engine {
                 false => ControlFlow::Continue(()),
             }
         })?;
+        let mut missing = Vec::new();
         for file in &report.files {
             job.log(format!("{}: {} bytes, {} of data", file.path.display(), file.bytes, file.data_bytes));
             match &file.backing {
                 Some(Backing::Missing { name, why }) => {
-                    job.log(format!("{}: backing file {name:?}: {why}", file.path.display()));
+                    missing.push(format!("{}: backing file {name:?}: {why}", file.path.display()));
                 }
                 Some(Backing::Rewritten { from, to }) => {
                     job.log(format!("{}: backing file {from:?} is now {to:?}", file.path.display()));
@@ -137,9 +138,20 @@ impl Engine {
             }
         }
         let text = format!("point {point} was restored to {}", request.to.display());
-        self.events.add(Severity::Info, Some(kept.name.as_str()), "restored", &text);
+        if missing.is_empty() {
+            self.events.add(Severity::Info, Some(kept.name.as_str()), "restored", &text);
+            job.result(text);
+            return Ok(());
+        }
+        missing.iter().for_each(|line| job.log(line.clone()));
+        let missing = missing.join("; ");
+        let text = format!("{text}, but not every image finds its backing file: {missing}");
+        self.events.add(Severity::Warning, Some(kept.name.as_str()), "restored", &text);
         job.result(text);
-        Ok(())
+        let what = format!("point {point} was restored to {}, but not all of it works", request.to.display());
+        Err(Error::new(ErrorKind::Partial, what)
+            .why(missing)
+            .hint("put the backing file there, or name another: qemu-img rebase -u -b FILE IMAGE"))
     }
 
     /// Applies the keep rules, again and again. Nothing expires by itself faster than this.

@@ -138,7 +138,12 @@ impl AllPoints {
 
     fn of(&self, vm: VmId) -> Result<Arc<Target>> {
         let holds = |t: &Arc<Target>| t.vms().is_ok_and(|vms| vms.iter().any(|v| v.id == vm));
-        self.targets()
+        // That of a VM of this host first: an older vault may have points of it, too.
+        let vms = self.engine.upgrade().map(|e| e.vms()).unwrap_or_default();
+        let own = vms.iter().find(|v| v.id == vm).map(|v| v.target.name.clone());
+        let mut targets = self.targets();
+        targets.sort_by_key(|t| Some(&t.name) != own.as_ref());
+        targets
             .into_iter()
             .find(holds)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no vault has a VM {vm}")))

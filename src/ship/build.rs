@@ -78,13 +78,7 @@ impl Build {
     /// of the cut that is still frozen. Every part is listed in the manifest again, because a
     /// vault may have applied it already (A3); only of those that can be trusted the blocks are
     /// made.
-    pub(super) fn restore(
-        &mut self,
-        stored: StoredPart,
-        index: &PartIndex,
-        tag: Option<u32>,
-        same_boot: bool,
-    ) {
+    pub(super) fn restore(&mut self, stored: StoredPart, index: &PartIndex, tag: Option<u32>) {
         let mut blocks = BlocksByDisk::new();
         let mut part = MadePart { stored, data_bytes: 0, hole_bytes: BTreeMap::new() };
         for frame in index.frames() {
@@ -107,10 +101,19 @@ impl Build {
         };
         if tag == Some(stored.name.attempt) {
             unite(&mut self.fresh, &blocks);
-        } else if same_boot && sequence >= self.record.trusted_from && is_live_good {
+        } else if sequence >= self.record.trusted_from && is_live_good {
             unite(&mut self.made, &blocks);
         }
         self.parts.push(part);
+    }
+
+    /// The tracker's marks have a gap: no block counts as made, because any may have changed
+    /// without a mark. Only while no cut is frozen. The parts stay (A3).
+    pub(super) fn distrust(&mut self, tracking: u64) {
+        self.made.clear();
+        self.fresh.clear();
+        self.record.trusted_from = self.next_sequence();
+        self.record.tracking = tracking;
     }
 
     /// A cut is drained: `blocks` of the epoch that it ended are stale in all older parts.

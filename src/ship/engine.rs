@@ -223,8 +223,21 @@ impl Engine {
         Event::Failed { is_recoverable, has_progressed: std::mem::take(&mut self.has_progressed) }
     }
 
+    /// Parts that were read while marks had a gap are made again.
+    fn verify_tracking(&mut self) {
+        let tracking = self.outside.source.tracking_id();
+        if self.cut.is_none()
+            && let Some(build) = self.build.as_mut().filter(|b| b.record.tracking != tracking)
+        {
+            log::info!("{}: changes may have gone unseen, parts are made again", self.config.name);
+            build.distrust(tracking);
+            self.in_hand.clear();
+        }
+    }
+
     fn survey(&mut self) -> Result<Survey, Fault> {
         self.outside.hooks.before_cut()?;
+        self.verify_tracking();
         let source = self.outside.source.clone();
         self.surveyed_at = self.outside.clock.now();
         if !source.has_changes() {
@@ -269,6 +282,7 @@ impl Engine {
 
     /// Parts made so far are older than the cut that comes. Durable before it, if there are any.
     fn cut_comes(&mut self, is_final: bool) -> Result<()> {
+        self.verify_tracking();
         if let Some(build) = self.build.as_mut().filter(|b| !b.parts.is_empty()) {
             let next = build.next_sequence();
             if is_final {
@@ -374,6 +388,7 @@ impl Engine {
 
     /// The pending blocks that have no part, and the build that they go to.
     pub(super) fn live_unmade(&mut self) -> Result<BlocksByDisk, Fault> {
+        self.verify_tracking();
         if self.build.is_none() {
             let build = self.new_build(self.record.source_epoch().next(), None)?;
             self.record.build = Some(build.record);

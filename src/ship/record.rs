@@ -20,7 +20,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::base::limits::DOCUMENT_BYTES_MAX;
-use crate::base::{BootId, Digest, EpochNumber, Error, ErrorKind, Result, VmId, durable};
+use crate::base::{Digest, EpochNumber, Error, ErrorKind, Result, VmId, durable};
 use crate::core::ports::source::Cut;
 use crate::core::ports::vault::Head;
 use crate::ship::status::Delivered;
@@ -51,8 +51,11 @@ pub(super) struct Committing {
 pub(super) struct BuildRecord {
     /// Its number in the vault.
     pub(super) number: EpochNumber,
-    /// Read in this boot: a power cut may take back what was read from a live disk.
-    pub(super) boot: BootId,
+    /// What the tracker's marks were known by ([`Source::tracking_id`]) when it was read: under
+    /// another number, blocks may have changed since without a mark.
+    ///
+    /// [`Source::tracking_id`]: crate::core::ports::source::Source::tracking_id
+    pub(super) tracking: u64,
     /// Parts from this sequence on hold what they describe; of older ones it is not known any
     /// more which of their blocks were marked again.
     pub(super) trusted_from: u32,

@@ -110,14 +110,16 @@ impl Engine {
             && let Some(cut) = frozen
         {
             let number = self.number_after(cut.epoch);
-            let boot = self.config.boot;
-            record = Some(BuildRecord { number, boot, trusted_from: 0, cut_at: Some(0) });
+            let tracking = self.outside.source.tracking_id();
+            record = Some(BuildRecord { number, tracking, trusted_from: 0, cut_at: Some(0) });
         }
         let is_remembered = self.build.is_some() || self.record.build.is_some_and(|b| newer(b.number));
         let Some(mut record) = record else { return Ok(()) };
-        let same_boot = record.boot == self.config.boot;
-        if !same_boot && frozen.is_none() {
+        let tracking = self.outside.source.tracking_id();
+        let is_trusted = record.tracking == tracking;
+        if !is_trusted && frozen.is_none() {
             vault.abandon(vm, record.number).on_vault()?;
+            self.forget_build();
             self.record.build = None;
             return Ok(());
         }
@@ -135,11 +137,16 @@ impl Engine {
             // The cut, if it was made, was given up: which blocks it had is not known.
             record.trusted_from = record.trusted_from.max(record.cut_at.take().unwrap_or(0));
         }
+        if !is_trusted {
+            // Those of the frozen epoch are as of its cut, whatever came after.
+            record.trusted_from = stored.last().map_or(0, |p| p.name.sequence.saturating_add(1));
+            record.tracking = tracking;
+        }
         let mut build = Build::new(record);
         for part in stored {
             let bytes = vault.part_index(vm, record.number, &part).on_vault()?;
             let index = build::decode_index(&bytes, &part)?;
-            build.restore(part, &index, tag, same_boot);
+            build.restore(part, &index, tag);
         }
         self.in_hand.clear();
         self.frozen_blocks.clear();
@@ -161,6 +168,7 @@ impl Engine {
         if !self.outside.vault.parts(vm, number).on_vault()?.is_empty() {
             self.outside.vault.abandon(vm, number).on_vault()?;
         }
-        Ok(Build::new(BuildRecord { number, boot: self.config.boot, trusted_from: 0, cut_at }))
+        let tracking = self.outside.source.tracking_id();
+        Ok(Build::new(BuildRecord { number, tracking, trusted_from: 0, cut_at }))
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Sender, bounded, unbounded};
 
-use crate::base::{BootId, Clock, Error, ErrorKind, Result, VmId, VmName};
+use crate::base::{Clock, Error, ErrorKind, Result, VmId, VmName};
 use crate::core::ports::source::Source;
 use crate::core::ports::vault::Vault;
 use crate::ship::driver::Driver;
@@ -28,8 +28,6 @@ pub struct ShipperConfig {
     pub paused: bool,
     /// The file that remembers what was delivered, as `STATE/vms/<uuid>.ship.json`.
     pub record_path: PathBuf,
-    /// The kernel's boot id: parts of an unfinished epoch are reused only within one boot.
-    pub boot: BootId,
     /// Fencing identity; 1 until roles change.
     pub generation: u64,
 }

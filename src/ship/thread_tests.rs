@@ -9,7 +9,7 @@ use super::tests::{source::SimSource, source::VM, vault::SimVault};
 use super::{
     Delivered, ShipHooks, ShipObserver, ShipState, Shipper, ShipperConfig, ShipperHandle, SyncReply,
 };
-use crate::base::{BootId, Clock, ErrorKind, SystemClock, Timestamp, VmId};
+use crate::base::{Clock, ErrorKind, SystemClock, Timestamp, VmId};
 use crate::core::health::Failure;
 use crate::format::manifest::{DefinitionFile, EpochKind};
 
@@ -78,7 +78,6 @@ impl Rig {
             interval: Duration::from_secs(86_400),
             paused,
             record_path: self.dir.path().join("vm.ship.json"),
-            boot: BootId(1),
             generation: 1,
         };
         let source = Arc::new(SimSource { world: self.world.clone(), vault: self.vault.clone() });

@@ -58,10 +58,10 @@ pub(super) fn run(seed: u64, canary: Canary) -> Result<u64, String> {
 
 impl Run {
     fn start(&mut self) {
-        let (boot, interval, random, part_bytes, pass_bytes) = {
+        let (interval, random, part_bytes, pass_bytes) = {
             let mut w = lock(&self.world);
             let interval = Duration::from_secs(1 + w.rng.below(20));
-            (w.boot, interval, w.rng.next(), 4096 * (1 + w.rng.below(6)), 4096 * w.rng.below(30))
+            (interval, w.rng.next(), 4096 * (1 + w.rng.below(6)), 4096 * w.rng.below(30))
         };
         let config = ShipperConfig {
             vm: VM,
@@ -69,7 +69,6 @@ impl Run {
             interval,
             paused: false,
             record_path: self.dir.path().join("record.json"),
-            boot,
             generation: 1,
         };
         let outside = Outside {

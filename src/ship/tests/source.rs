@@ -89,7 +89,7 @@ impl Source for SimSource {
     }
 
     fn tracking_id(&self) -> u64 {
-        lock(&self.world).boot.0 as u64
+        lock(&self.world).tracking
     }
 
     fn frozen(&self) -> Option<Cut> {

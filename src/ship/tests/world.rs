@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::base::{BootId, Clock, DiskId, Error, ErrorKind, Result, Timestamp};
+use crate::base::{Clock, DiskId, Error, ErrorKind, Result, Timestamp};
 use crate::core::ports::source::Cut;
 
 /// A rule that is switched off.
@@ -92,7 +92,8 @@ pub(in crate::ship) struct World {
     pub(in crate::ship) faults: Faults,
     pub(in crate::ship) guests: bool,
     pub(in crate::ship) now_ms: u64,
-    pub(in crate::ship) boot: BootId,
+    /// As long as marks have no gap.
+    pub(in crate::ship) tracking: u64,
     pub(in crate::ship) disks: Image,
     /// Blocks that the lower file has as data.
     pub(in crate::ship) data: BTreeSet<(DiskId, u64)>,
@@ -164,7 +165,7 @@ impl World {
             faults,
             guests: true,
             now_ms: 1_000_000,
-            boot: BootId(1),
+            tracking: 1,
             disks: Image::new(),
             data: BTreeSet::new(),
             epoch: 1,
@@ -241,13 +242,36 @@ impl World {
         }
         if self.rng.one_in(self.faults.power.min(4)) {
             self.power_cut();
+        } else if self.rng.one_in(self.faults.power.min(8)) {
+            self.change_beneath();
         }
         std::panic::resume_unwind(Box::new(Killed))
     }
 
+    /// A disk is changed while the daemon is dead: it ships whole, and the cut is abandoned.
+    fn change_beneath(&mut self) {
+        self.tracking += 1;
+        let disk = self.pick();
+        for block in 0..self.disks[&disk].len() {
+            if self.rng.one_in(3) {
+                let value = self.value();
+                if let Some(at) = self.disks.get_mut(&disk).and_then(|d| d.get_mut(block)) {
+                    *at = value;
+                }
+                self.data.insert((disk, block as u64));
+            }
+        }
+        if let Some(frozen) = self.frozen.take() {
+            self.pending.extend(frozen.blocks.into_keys());
+        }
+        self.pending.extend(self.gave_up_unfinished.take().unwrap_or_default());
+        self.pending.extend(self.data.iter().filter(|at| at.0 == disk));
+        self.whole.insert(disk, self.epoch);
+    }
+
     /// Unsynced writes are kept or lost; hot blocks and maps become pending; the cut is abandoned.
     fn power_cut(&mut self) {
-        self.boot = BootId(self.boot.0 + 1);
+        self.tracking += 1;
         let unsynced = std::mem::take(&mut self.unsynced);
         for (at, before) in unsynced {
             let lost = self.rng.one_in(2);
