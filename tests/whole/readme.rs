@@ -73,3 +73,27 @@ fn the_unit_is_ordered_before_libvirt() {
         assert!(unit.contains(wanted), "the unit lacks {wanted}");
     }
 }
+
+/// Every message that the README explains is one that the product says.
+#[test]
+fn explained_messages_exist() {
+    let readme = fs::read_to_string(package().join("README.md")).unwrap();
+    let section = readme.split("## When something is wrong").nth(1).expect("the section is there");
+    let rows = section.split("\n## ").next().unwrap().lines().filter(|l| l.starts_with("| "));
+    let messages: Vec<&str> =
+        rows.flat_map(|row| row.split(" | ").next().unwrap().split('`').skip(1).step_by(2)).collect();
+    assert!(messages.len() > 5, "{messages:?}");
+    let mut folders = vec![package().join("src")];
+    let mut source = String::new();
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
+            match path.is_dir() {
+                true => folders.push(path),
+                false => source += &fs::read_to_string(&path).unwrap(),
+            }
+        }
+    }
+    for message in messages {
+        assert!(source.contains(message), "nothing says {message:?}");
+    }
+}
