@@ -14,6 +14,7 @@ use afterimage::base::{EpochNumber, ErrorKind, PointId, VmId};
 use afterimage::core::ports::points::PointStore;
 use afterimage::core::ports::vault::Vault;
 use afterimage::core::retention::Keep;
+use afterimage::format::vaultstate::VmState;
 use afterimage::vault::{DirectoryVault, Steps};
 use vault_support::*;
 
@@ -384,4 +385,87 @@ fn an_epoch_applied_within_a_read_is_not_seen() {
         }
     });
     assert_shows(&*reader, &first.image, "an epoch came between the looks");
+}
+
+/// A reader of a vault that is closed shows nothing: its folder is another's, who may drop points.
+#[test]
+fn a_reader_ends_with_its_vault() {
+    let dir = memory_dir();
+    let vault = open(dir.path());
+    let mut primary = Primary::small(35, 8);
+    let first = begin(&vault, &mut primary);
+    assert!(!vault.has_open_points());
+    let reader = vault.open(primary.vm, first.point()).unwrap();
+    assert!(vault.has_open_points());
+    assert_shows(&*reader, &first.image, "while the vault is open");
+    drop(vault);
+    let vault = open(dir.path());
+    let mut block = vec![0; BLOCK];
+    assert_eq!(kind(reader.read_at(0, 0, &mut block)), ErrorKind::Io);
+    assert_eq!(kind(reader.next_data(0, 0)), ErrorKind::Io);
+    assert_shows(&*vault.open(primary.vm, first.point()).unwrap(), &first.image, "opened anew");
+}
+
+/// A purge that fails leaves the VM as it was.
+#[test]
+fn a_failed_purge_changes_nothing() {
+    let dir = memory_dir();
+    let vault = open(dir.path());
+    let mut primary = Primary::small(36, 8);
+    let first = begin(&vault, &mut primary);
+    let vm = primary.vm;
+    let reader = vault.open(vm, first.point()).unwrap();
+    assert_eq!(kind(vault.purge(vm)), ErrorKind::Busy);
+    drop(reader);
+    // Something that is no folder is in the way.
+    let obstacle = dir.path().join("vms").join(format!(".purged-{vm}"));
+    std::fs::write(&obstacle, "x").unwrap();
+    assert!(vault.purge(vm).is_err());
+    primary.disks[0].write(0, &[5; BLOCK]);
+    let second = delivered(&vault, &mut primary);
+    assert_shows(&*vault.open(vm, second.point()).unwrap(), &second.image, "after a failed purge");
+    std::fs::remove_file(&obstacle).unwrap();
+    vault.purge(vm).unwrap();
+    assert_eq!(kind(vault.points(vm)), ErrorKind::NotFound);
+}
+
+/// A rotted frame does not stop the points around it from being dropped, and stays damaged.
+#[test]
+fn a_rotted_frame_is_merged_as_damaged() {
+    let dir = memory_dir();
+    let vault = open(dir.path());
+    let mut primary = Primary::small(37, 16);
+    let vm = primary.vm;
+    let first = begin(&vault, &mut primary);
+    primary.disks[0].write(4 * BLOCK, &[1; 2 * BLOCK]);
+    let second = delivered(&vault, &mut primary);
+    let undo = file_in(&vm_dir(&vault, vm).join("points"), ".undo");
+    flip(&undo, 1000);
+    primary.disks[0].write(10 * BLOCK, &[2; BLOCK]);
+    delivered(&vault, &mut primary);
+    vault.delete(vm, second.point()).unwrap();
+    let reader = vault.open(vm, first.point()).unwrap();
+    let mut block = vec![0; BLOCK];
+    assert_eq!(kind(reader.read_at(0, 4 * BLOCK as u64, &mut block)), ErrorKind::Damaged);
+    reader.read_at(0, 10 * BLOCK as u64, &mut block).unwrap();
+    assert_eq!(block, first.image.values().next().unwrap()[10 * BLOCK..11 * BLOCK]);
+}
+
+/// An epoch that overwrote a part of the disks and is gone from the inbox: nothing is built on it.
+#[test]
+fn nothing_follows_half_an_epoch() {
+    let dir = memory_dir();
+    let vault = open(dir.path());
+    let mut primary = Primary::small(38, 16);
+    let first = begin(&vault, &mut primary);
+    let state = vm_dir(&vault, primary.vm).join("state.json");
+    drop(vault);
+    let mut half = VmState::decode(&std::fs::read(&state).unwrap()).unwrap();
+    half.applying = Some(EpochNumber(9));
+    std::fs::write(&state, half.encode().unwrap()).unwrap();
+    let vault = open(dir.path());
+    assert!(vault.last_error(primary.vm).unwrap().contains("half applied"));
+    assert_eq!(vault.head(primary.vm).unwrap().map(|h| h.digest), Some(first.digest()));
+    primary.disks[0].write(0, &[5; BLOCK]);
+    assert_eq!(kind(primary.cut().deliver(&*vault)), ErrorKind::Io);
 }

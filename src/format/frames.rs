@@ -255,6 +255,12 @@ impl FrameWriter {
         self.frames.len() + usize::from(self.pending.is_some())
     }
 
+    /// Refuses a file whose end would be larger than a reader accepts.
+    pub fn check_tail(&self, meta: &[u8]) -> Result<()> {
+        let fits = index_fits(self.covered.len(), self.frames()) && meta.len() as u64 <= META_BYTES_MAX;
+        if fits { Ok(()) } else { Err(too_many_frames(self.kind, self.frames())) }
+    }
+
     /// What the file describes so far, in bytes per disk.
     pub const fn covered(&self) -> &BTreeMap<DiskId, ExtentSet> {
         &self.covered
@@ -445,6 +451,18 @@ impl FrameWriter {
         self.place = frame.place + stored.len() as u64;
         self.frames.push(frame);
     }
+}
+
+/// Whether a reader accepts an index of so many disks and frames.
+pub const fn index_fits(disks: usize, frames: usize) -> bool {
+    let bytes = INDEX_HEADER_BYTES + disks.saturating_mul(DISK_ID_BYTES);
+    bytes.saturating_add(frames.saturating_mul(ENTRY_BYTES)) as u64 <= INDEX_BYTES_MAX
+}
+
+/// The error for a file that no reader would accept.
+pub fn too_many_frames(kind: FramesKind, frames: usize) -> Error {
+    Error::new(ErrorKind::Refused, format!("{} cannot be written", kind.noun()))
+        .why(format!("its index of {frames} frames would be larger than {INDEX_BYTES_MAX} bytes"))
 }
 
 /// The index of a file of frames: checked, sorted, never overlapping.

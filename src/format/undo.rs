@@ -87,10 +87,12 @@ impl UndoWriter {
         std::mem::take(&mut self.bytes)
     }
 
-    /// Ends the log; returns its last bytes.
+    /// Ends the log; returns its last bytes. [`ErrorKind::Refused`]: it has more frames than a
+    /// reader accepts.
     pub fn finish(self, meta: &UndoMeta) -> Result<Vec<u8>> {
         let meta = serde_json::to_vec(meta)
             .map_err(|e| Error::new(ErrorKind::Internal, "the undo log cannot be written").source(e))?;
+        self.writer.check_tail(&meta)?;
         let mut bytes = self.bytes;
         self.writer.finish(&meta, &mut bytes);
         Ok(bytes)
@@ -191,6 +193,16 @@ mod tests {
         let index = UndoIndex::decode(&bytes[place as usize..], length).unwrap();
         assert_eq!(index.meta(), &meta);
         (bytes, index)
+    }
+
+    #[test]
+    fn a_log_that_no_reader_accepts_is_not_written() {
+        use crate::format::frames::index_fits;
+        assert!(index_fits(1, (16 << 20) - 1));
+        assert!(!index_fits(1, 16 << 20));
+        let disks = vec![UndoDisk { id: A, size: None }; 40_000];
+        let meta = UndoMeta { epoch: EpochNumber(2), base: EpochNumber(1), disks };
+        assert_eq!(UndoWriter::new().finish(&meta).unwrap_err().kind(), ErrorKind::Refused);
     }
 
     #[test]

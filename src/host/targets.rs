@@ -96,7 +96,9 @@ impl Target {
         {
             let mut slot = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             let is_same = slot.vault.as_ref().is_some_and(|v| Arc::ptr_eq(v, &vault));
-            if is_same && self.clock.monotonic().saturating_sub(slot.opened) > REOPEN_EVERY {
+            let is_due = self.clock.monotonic().saturating_sub(slot.opened) > REOPEN_EVERY;
+            // Who has a point open would lose it: the next call after it is closed does it.
+            if is_same && is_due && !vault.has_open_points() {
                 log::warn!("vault {} is opened anew: {e}", self.name);
                 slot.vault = None;
             }

@@ -140,10 +140,7 @@ impl VmTracker {
     /// Lets a disk go: the next point is without it. Its HRLs are removed.
     pub fn remove_disk(&self, id: DiskId) -> Result<()> {
         let mut book = lock(&self.book);
-        let entry = book
-            .entries
-            .remove(&id)
-            .ok_or_else(|| unknown_disk(id))?;
+        let entry = book.entries.remove(&id).ok_or_else(|| unknown_disk(id))?;
         self.note_record(&book);
         self.disks.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);
         self.forget_entry(&entry);
@@ -162,10 +159,7 @@ impl VmTracker {
     pub fn rename_disk(&self, id: DiskId, path: PathBuf, folder: File, file_name: OsString) -> Result<()> {
         let mut book = lock(&self.book);
         let epoch = self.shared.word().epoch();
-        let entry = book
-            .entries
-            .get_mut(&id)
-            .ok_or_else(|| unknown_disk(id))?;
+        let entry = book.entries.get_mut(&id).ok_or_else(|| unknown_disk(id))?;
         let folder = Arc::new(folder);
         let moved = entry
             .hrls

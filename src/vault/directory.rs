@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub struct DirectoryVault {
     vms: Mutex<BTreeMap<VmId, Entry>>,
     /// VMs that could not be opened, and why: the others are served.
     broken: Mutex<BTreeMap<VmId, Error>>,
+    /// Held while a VM is purged: it is registered anew only when its folder is gone. Before `vms`.
+    purging: Mutex<()>,
     guard: Mutex<ClockGuard>,
     // Held for life: the lock goes with the descriptor.
     lock: Flock<File>,
@@ -72,14 +75,14 @@ impl DirectoryVault {
                     }
                 };
                 newest = newest.max(self::lock(&store.shared).points.last().map(|p| p.info.arrived));
-                entries.insert(id, Entry::start(store)?);
+                entries.insert(id, Entry::start(Arc::new(store))?);
             }
         }
         // The clock is believed as far as it continues the newest arrival (A4).
         let guard = ClockGuard::new(newest.unwrap_or_else(|| clock.now()), clock.monotonic());
         let root = path.to_owned();
         let (vms, broken, guard) = (Mutex::new(entries), Mutex::new(broken), Mutex::new(guard));
-        Ok(Arc::new(Self { root, clock, steps, vms, broken, guard, lock }))
+        Ok(Arc::new(Self { root, clock, steps, vms, broken, purging: Mutex::new(()), guard, lock }))
     }
 
     /// Its folder.
@@ -115,6 +118,54 @@ impl DirectoryVault {
         })
     }
 
+    /// Whether a point of any VM is open.
+    pub fn has_open_points(&self) -> bool {
+        lock(&self.vms).values().any(|entry| !lock(&entry.store.shared).open.is_empty())
+    }
+
+    /// Takes a VM out of the list and stops it, unless a point of it is open. `None`: there is
+    /// nothing to stop, because it could not be opened.
+    fn take_for_purge(&self, vm: VmId) -> Result<Option<Entry>> {
+        let mut entry = {
+            let mut vms = lock(&self.vms);
+            let Some(entry) = vms.get(&vm) else {
+                drop(vms);
+                let is_broken = lock(&self.broken).contains_key(&vm);
+                return if is_broken { Ok(None) } else { self.store(vm).map(|_| None) };
+            };
+            let mut shared = lock(&entry.store.shared);
+            if !shared.open.is_empty() {
+                return Err(Error::new(ErrorKind::Busy, format!("VM {vm} cannot be removed from the vault"))
+                    .why("a point of it is open")
+                    .hint("close what uses it: afterimage point umount, or delete its clones"));
+            }
+            // From here on no point is opened.
+            shared.is_stopping = true;
+            drop(shared);
+            vms.remove(&vm)
+        };
+        entry.iter_mut().for_each(Entry::stop);
+        Ok(entry)
+    }
+
+    /// A VM that could not be purged is as it was.
+    fn put_back(&self, vm: VmId, entry: Entry) -> Result<()> {
+        entry.store.is_closed.store(false, Ordering::SeqCst);
+        lock(&entry.store.shared).is_stopping = false;
+        lock(&self.vms).insert(vm, Entry::start(Arc::clone(&entry.store))?);
+        Ok(())
+    }
+
+    /// The folder of a VM goes out of sight, whole.
+    fn hide_folder(&self, vm: VmId, purged: &Path, store: Option<&VmStore>) -> Result<()> {
+        // Whatever is under way is waited for; it is refused after that.
+        let _locks = store.map(|s| (lock(&s.intake), lock(&s.work), lock(&s.doc)));
+        remove_dir(purged)?;
+        self.steps.step("purge a VM")?;
+        let root = VmDir::new(&self.root, vm);
+        std::fs::rename(root.root(), purged).context(|| format!("cannot remove VM {vm} from the vault"))
+    }
+
     /// Refuses a VM that could not be opened.
     fn check_whole(&self, vm: VmId) -> Result<()> {
         let broken = lock(&self.broken);
@@ -133,6 +184,7 @@ impl DirectoryVault {
     fn change_file(&self, vm: VmId, change: impl FnOnce(&mut super::layout::VmFile)) -> Result<()> {
         let store = self.store(vm)?;
         let _doc = lock(&store.doc);
+        store.check_open()?;
         let mut file = lock(&store.shared).file.clone();
         change(&mut file);
         if file != lock(&store.shared).file {
@@ -179,8 +231,7 @@ fn claim(path: &Path) -> Result<Flock<File>> {
 }
 
 impl Entry {
-    fn start(store: VmStore) -> Result<Self> {
-        let store = Arc::new(store);
+    fn start(store: Arc<VmStore>) -> Result<Self> {
         let name = format!("apply:{}", lock(&store.shared).file.name);
         let mine = Arc::clone(&store);
         let applier = std::thread::Builder::new()
@@ -190,7 +241,8 @@ impl Entry {
         Ok(Self { store, applier: Some(applier) })
     }
 
-    /// Lets the applier finish the epoch that it works on.
+    /// Lets the applier finish the epoch that it works on. Whoever still has the store is refused
+    /// from then on; the lock on the vault goes later.
     fn stop(&mut self) {
         lock(&self.store.shared).is_stopping = true;
         self.store.poke();
@@ -199,6 +251,7 @@ impl Entry {
         {
             log::error!("the thread that applies epochs of VM {} ended by a fault", self.store.id);
         }
+        self.store.is_closed.store(true, Ordering::SeqCst);
     }
 }
 
@@ -211,13 +264,15 @@ impl Drop for DirectoryVault {
 impl Vault for DirectoryVault {
     fn register(&self, vm: VmId, name: &VmName) -> Result<()> {
         self.check_whole(vm)?;
-        {
+        let is_known = lock(&self.vms).contains_key(&vm);
+        if !is_known {
+            let _purging = lock(&self.purging);
             let mut vms = lock(&self.vms);
             if !vms.contains_key(&vm) {
                 self.steps.step("register a VM")?;
                 opening::create(&self.root, vm, name)?;
                 let store = opening::open(&self.root, vm, Arc::clone(&self.clock), Arc::clone(&self.steps))?;
-                vms.insert(vm, Entry::start(store)?);
+                vms.insert(vm, Entry::start(Arc::new(store))?);
                 return Ok(());
             }
         }
@@ -383,24 +438,14 @@ impl PointStore for DirectoryVault {
     }
 
     fn purge(&self, vm: VmId) -> Result<()> {
-        let mut vms = lock(&self.vms);
-        let Some(entry) = vms.get_mut(&vm) else {
-            drop(vms);
-            return self.store(vm).map(drop);
-        };
-        if !lock(&entry.store.shared).open.is_empty() {
-            return Err(Error::new(ErrorKind::Busy, format!("VM {vm} cannot be removed from the vault"))
-                .why("a point of it is open")
-                .hint("close what uses it: afterimage point umount, or delete its clones"));
-        }
-        entry.stop();
-        let root = VmDir::new(&self.root, vm);
+        let _purging = lock(&self.purging);
         let purged = self.root.join("vms").join(format!(".purged-{vm}"));
-        remove_dir(&purged)?;
-        self.steps.step("purge a VM")?;
-        std::fs::rename(root.root(), &purged).context(|| format!("cannot remove VM {vm} from the vault"))?;
-        vms.remove(&vm);
-        drop(vms);
+        let entry = self.take_for_purge(vm)?;
+        if let Err(e) = self.hide_folder(vm, &purged, entry.as_ref().map(|entry| &*entry.store)) {
+            entry.map_or(Ok(()), |entry| self.put_back(vm, entry))?;
+            return Err(e);
+        }
+        lock(&self.broken).remove(&vm);
         sync_dir(&self.root.join("vms"))?;
         remove_dir(&purged)
     }

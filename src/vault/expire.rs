@@ -15,6 +15,7 @@ use super::layout::{remove_disks_except, remove_file};
 use super::store::{PointRecord, VmStore, lock, read_manifest};
 use super::undolog::UndoLog;
 use crate::base::{DiskId, EpochNumber, Error, ErrorKind, PointId, Result};
+use crate::format::frames::{Encoding, FramesKind, index_fits, too_many_frames};
 use crate::format::undo::{KeptFrame, UndoIndex, plan_merge};
 
 /// Bytes of a merged log that are written at once.
@@ -72,8 +73,15 @@ fn drop_groups(
             match survivor {
                 None => replace_logs(store, &run, epoch, None)?,
                 Some(base) => {
-                    let log = merge(store, base, epoch)?;
-                    replace_logs(store, &run, epoch, Some(log))?;
+                    match merge(store, base, epoch) {
+                        Ok(log) => replace_logs(store, &run, epoch, Some(log))?,
+                        // Too large to be one log: these points stay, others can go.
+                        Err(e) if e.kind() == ErrorKind::Refused => {
+                            log::warn!("VM {}: points before {epoch} are kept: {e}", store.id);
+                            run.clear();
+                        }
+                        Err(e) => return Err(e),
+                    }
                 }
             }
             done.extend(run.drain(..));
@@ -123,6 +131,10 @@ fn merge(store: &VmStore, base: EpochNumber, epoch: EpochNumber) -> Result<Arc<U
     if (meta.epoch, meta.base) != (epoch, base) {
         return Err(Error::new(ErrorKind::Internal, "the undo logs between two points do not meet them"));
     }
+    let frames = kept.iter().map(|k| k.kept.len()).sum();
+    if !index_fits(meta.disks.len(), frames) {
+        return Err(too_many_frames(FramesKind::Undo, frames));
+    }
     let merged = UndoLog::new(store.dir.undo(epoch, base), epoch, base);
     let mut out = LogFile::create(store, &merged)?;
     for k in &kept {
@@ -139,7 +151,7 @@ fn merge(store: &VmStore, base: EpochNumber, epoch: EpochNumber) -> Result<Arc<U
 fn copy_frame(log: &UndoLog, kept: &KeptFrame, out: &mut LogFile) -> Result<()> {
     let frame = &kept.frame;
     let is_whole = kept.kept.first() == Some(&frame.range());
-    let is_damaged = frame.encoding == crate::format::frames::Encoding::Damaged;
+    let is_damaged = frame.encoding == Encoding::Damaged;
     if is_whole {
         let saved = log.read_stored(frame).and_then(|stored| out.writer.save_frame(frame, &stored));
         return match saved {

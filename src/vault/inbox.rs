@@ -45,6 +45,7 @@ pub(super) fn put_part(store: &VmStore, epoch: EpochNumber, name: &PartName, byt
         return Err(damaged("its bytes do not match its name: they were changed on the way"));
     }
     let mut intake = lock(&store.intake);
+    store.check_open()?;
     if let Some(first) = intake.as_mut() {
         return first.put_part(store, name, bytes.len() as u64, &part);
     }
@@ -120,6 +121,7 @@ pub(super) fn commit(store: &VmStore, manifest: &Manifest) -> Result<Head> {
     store.check_latch()?;
     let digest = manifest.digest()?;
     let mut intake = lock(&store.intake);
+    store.check_open()?;
     let head = store.head();
     if let Some(head) = head.filter(|h| h.digest == digest) {
         return Ok(head);
@@ -291,6 +293,7 @@ fn remove_uncommitted(store: &VmStore, head: EpochNumber) -> Result<()> {
 /// Throws away an uncommitted epoch.
 pub(super) fn abandon(store: &VmStore, epoch: EpochNumber) -> Result<()> {
     let mut intake = lock(&store.intake);
+    store.check_open()?;
     if let Some(first) = intake.as_mut() {
         first.abandon(store)?;
         *first = FirstCopy::default();

@@ -32,7 +32,8 @@ impl Pin {
     /// Pins a point; [`ErrorKind::NotFound`] if it cannot be opened.
     fn new(store: &Arc<VmStore>, point: PointId) -> Result<(Self, PointInfo)> {
         let mut shared = lock(&store.shared);
-        let info = shared.points.iter().find(|p| p.info.id == point).map(|p| p.info.clone());
+        let found = shared.points.iter().find(|p| p.info.id == point && !shared.is_stopping);
+        let info = found.map(|p| p.info.clone());
         let info = info.ok_or_else(|| not_found(point))?;
         *shared.open.entry(point.epoch).or_default() += 1;
         Ok((Self { store: Arc::clone(store), point }, info))
@@ -250,6 +251,8 @@ impl PointReader for Reader {
             }
             done += count;
         }
+        // Whoever has the folder now knows nothing of our pins, nor we of its undo logs.
+        self.store().check_open()?;
         Ok(length)
     }
 
@@ -275,6 +278,7 @@ impl PointReader for Reader {
                 },
             }
         }
+        self.store().check_open()?;
         Ok(found.and_then(|run| {
             let start = run.start.max(offset);
             let end = run.end.min(size);

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::firstcopy::FirstCopy;
@@ -97,6 +97,8 @@ pub(super) struct VmStore {
     /// `Some`: a VM without points; its first epoch is applied as it arrives (A3).
     pub intake: Mutex<Option<FirstCopy>>,
     pub work: Mutex<()>,
+    /// The folder is another's now: the vault was opened anew, or the VM purged.
+    pub is_closed: AtomicBool,
     chain: RwLock<Arc<Vec<Arc<UndoLog>>>>,
     published: AtomicU64,
     merged: Mutex<Vec<(EpochNumber, Merged)>>,
@@ -123,14 +125,26 @@ impl VmStore {
             doc: Mutex::new(doc),
             intake: Mutex::new(intake),
             work: Mutex::new(()),
+            is_closed: AtomicBool::new(false),
             chain: RwLock::new(Arc::new(chain)),
             published: AtomicU64::new(published),
             merged: Mutex::default(),
         }
     }
 
+    /// Refuses once this is not the store of its folder any more.
+    pub fn check_open(&self) -> Result<()> {
+        if !self.is_closed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Io, format!("VM {} of the vault cannot be used", self.id))
+            .why("the vault was opened anew meanwhile, or the VM was purged")
+            .hint("open the point again: afterimage point mount, afterimage points NAME"))
+    }
+
     /// Refuses once a sync has failed: what the kernel still has of the file is unknown.
     pub fn check_latch(&self) -> Result<()> {
+        self.check_open()?;
         match &lock(&self.shared).latched {
             None => Ok(()),
             Some(why) => {
@@ -164,6 +178,7 @@ impl VmStore {
     /// One commit of `state.json`: what `change` makes of it is published when this returns.
     pub fn commit_state(&self, change: impl FnOnce(&mut VmState)) -> Result<()> {
         let mut doc = lock(&self.doc);
+        self.check_open()?;
         let mut next = doc.clone();
         change(&mut next);
         self.write(&self.dir.state_file(), &next.encode()?, "state.json")?;

@@ -194,6 +194,10 @@ impl OverlayDisk {
             let pages: Vec<_> = changed.iter().map(|page| (*page, state.bits.page(*page))).collect();
             (pages, size < end && state.bits.get(blocks.saturating_sub(1)))
         };
+        if !pages.is_empty() {
+            // The pages show other blocks too that were written since the last sync.
+            self.data.sync_data().context(what)?;
+        }
         for (page, bytes) in &pages {
             self.write_page(*page, bytes)?;
         }
