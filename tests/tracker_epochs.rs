@@ -5,7 +5,7 @@ mod tracker_rig;
 
 use std::time::Duration;
 
-use afterimage::base::{BootId, DiskId};
+use afterimage::base::{BootId, DiskId, ErrorKind};
 use afterimage::core::ports::source::{BlocksByDisk, CutKind, Source};
 use afterimage::core::ports::tracking::{Change, TrackedDisk};
 use tracker_rig::{BLOCK, Rig};
@@ -233,4 +233,145 @@ fn hrls_follow_a_renamed_disk() {
     rig.ship_everything();
     rig.assert_replica_equals_disks();
     assert_eq!(rig.hrls(0).len(), 1);
+}
+
+/// A start that comes to nothing takes no fact from the next one: after a loss of power, and
+/// where a disk ships whole.
+#[test]
+fn a_start_that_fails_leaves_every_fact_to_the_next() {
+    let mut rig = Rig::new(50, 8 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.change(10);
+    rig.fail_to_reopen(BootId(2));
+    rig.reopen(BootId(2));
+    assert!(rig.vm().recovered().iter().all(|r| r.label == "power-lost"), "{:?}", rig.vm().recovered());
+    rig.assert_pending_covers_differences();
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+    rig.vm().stop_clean().unwrap();
+    rig.change_beneath();
+    rig.fail_to_reopen(BootId(2));
+    rig.reopen(BootId(2));
+    assert_ne!(rig.vm().recovered()[0].label, "shared-memory");
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+}
+
+/// Another file with old times is another file: after a kill, and after a loss of power. What
+/// was made before counts for nothing then, and only then.
+#[test]
+fn a_file_that_took_the_place_of_a_disk_ships_whole() {
+    let mut rig = Rig::new(52, 2 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    let id = rig.vm().tracking_id();
+    rig.reopen(BootId(1));
+    assert_eq!(rig.vm().tracking_id(), id);
+    rig.replace_first_disk();
+    rig.reopen(BootId(1));
+    let labels: Vec<_> = rig.vm().recovered().iter().map(|r| r.label).collect();
+    assert_eq!(labels, ["changed-beneath", "shared-memory"]);
+    assert_ne!(rig.vm().tracking_id(), id);
+    rig.ship_everything();
+    rig.assert_replica_equals_disks();
+    rig.replace_first_disk();
+    rig.reopen(BootId(2));
+    let labels: Vec<_> = rig.vm().recovered().iter().map(|r| r.label).collect();
+    assert_eq!(labels, ["changed-since-boot", "power-lost"]);
+    rig.ship_everything();
+    rig.reopen_changed_beneath(BootId(2));
+    let labels: Vec<_> = rig.vm().recovered().iter().map(|r| r.label).collect();
+    assert_eq!(labels, ["shared-memory", "changed-beneath"]);
+    rig.vm().stop_clean().unwrap();
+    rig.reopen_changed_beneath(BootId(3));
+    let labels: Vec<_> = rig.vm().recovered().iter().map(|r| r.label).collect();
+    assert_eq!(labels, ["clean-stop", "off-changed"]);
+}
+
+/// No cut before a new disk is in the write path, nor before the shipper knows that it is whole.
+#[test]
+fn a_cut_waits_for_a_new_disk() {
+    let mut rig = Rig::new(54, 1 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    let vm = rig.vm();
+    vm.add_disk(rig.third_disk()).unwrap();
+    let cut = |unmade: &BlocksByDisk| vm.cut(CutKind::Final, unmade, PATIENCE);
+    vm.pending();
+    assert_eq!(cut(&BlocksByDisk::new()).unwrap_err().kind(), ErrorKind::Busy);
+    vm.disk_attached(DiskId(3)).unwrap();
+    vm.ship_whole("the test says so").unwrap();
+    assert_eq!(cut(&BlocksByDisk::new()).unwrap_err().kind(), ErrorKind::Busy);
+    let made = cut(&vm.pending()).unwrap();
+    assert!(made.disks.iter().all(|d| d.whole));
+}
+
+/// T9 over a kill: what was written before it and not synced is marked when the sync fails.
+#[test]
+fn a_failed_sync_after_a_kill_marks_what_was_written_before() {
+    let mut rig = Rig::new(56, 16 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.write_at(0, 9 << 20, 10);
+    rig.reopen(BootId(1));
+    let vm = rig.vm();
+    assert_eq!(vm.marked_bytes(), BLOCK);
+    let disk = vm.disk(DiskId(1)).unwrap();
+    let bad = disk.sync_begins();
+    disk.sync_ended(bad, Err(nix::errno::Errno::EIO));
+    assert!(vm.marked_bytes() >= 4 << 20);
+}
+
+/// T8: killed while the untracked mark is on: when the log is back and the mark gone, a loss of
+/// power still finds every region that was written to.
+#[test]
+fn regions_written_without_a_log_are_in_the_next_one() {
+    let mut rig = Rig::new(58, 32 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.stop_threads();
+    rig.write_at(0, 30 << 20, 10);
+    rig.reopen(BootId(1));
+    assert!(rig.vm().recovered().iter().all(|r| r.label == "shared-memory"));
+    rig.vm().flush().unwrap();
+    assert!(rig.vm().figures()[0].1.hot_regions > 0);
+}
+
+/// T5: room that is made for guests takes the cut with it.
+#[test]
+fn making_room_gives_up_the_cut() {
+    let mut rig = Rig::new(60, 4 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.write_at(0, 0, 10);
+    let vm = rig.vm();
+    vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
+    vm.drain(PATIENCE).unwrap().unwrap();
+    rig.write_at(0, 0, 10);
+    assert!(vm.disk(DiskId(2)).unwrap().make_room(), "one block was saved");
+    let read = vm.read_frozen(DiskId(1), 0..1, &mut [0; BLOCK as usize]);
+    assert_eq!(read.unwrap_err().kind(), ErrorKind::Cancelled);
+    vm.give_up().unwrap();
+    assert_eq!(vm.pending().values().map(|s| s.total()).sum::<u64>(), 1);
+}
+
+/// A disk goes where its HRLs cannot follow (another file system): it ships whole, and the
+/// folder that it is in says so.
+#[test]
+fn a_disk_whose_hrls_cannot_follow_ships_whole() {
+    let mut rig = Rig::new(62, 1 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    let elsewhere = tempfile::tempdir_in("/var/tmp").unwrap();
+    let folder = std::fs::File::open(elsewhere.path()).unwrap();
+    let vm = rig.vm();
+    vm.rename_disk(DiskId(1), "elsewhere.img".into(), folder, "elsewhere.img".into()).unwrap();
+    assert!(vm.figures()[0].1.whole_because.is_some());
+    let there: Vec<_> = std::fs::read_dir(elsewhere.path()).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(there.len(), 1);
+    let report = afterimage::format::hrl::read(&mut std::fs::File::open(&there[0]).unwrap()).unwrap();
+    assert!(report.whole().is_some());
+    rig.ship_everything();
+    assert_eq!(rig.hrls(0).len(), 0, "nothing is left behind");
 }

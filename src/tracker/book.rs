@@ -14,7 +14,7 @@ use super::gate::{EpochWord, Previous};
 use super::hrl::{HrlFile, HrlPlace};
 use super::shm::DISK_WHOLE;
 use super::sync::lock;
-use crate::base::{BLOCK_BYTES, DiskId, ExtentSet, Result};
+use crate::base::{BLOCK_BYTES, DiskId, Error, ErrorKind, ExtentSet, Result};
 use crate::core::ports::source::{BlocksByDisk, Cut};
 use crate::format::hrl::HrlRecord;
 
@@ -104,6 +104,7 @@ impl Entry {
         }
         log::info!("disk {} ships whole: {reason}", self.disk.path().display());
         pending.whole = Some(reason.to_owned());
+        self.whole_shown = false;
         let record = HrlRecord::Whole { reason: reason.to_owned() };
         let done = self.try_hrl(epoch).map(|h| h.append(&record));
         if !matches!(done, Some(Ok(()))) {
@@ -122,6 +123,31 @@ impl Entry {
             self.mark_unlogged(epoch);
         }
         blocks
+    }
+
+    /// What is pending is durable when this returns: others rely on it.
+    pub(crate) fn sync_pending(&mut self, epoch: u64) -> Result<()> {
+        self.log_pending()?;
+        self.hrl(epoch)?;
+        self.sync_hrls()
+    }
+
+    fn sync_hrls(&mut self) -> Result<()> {
+        self.hrls.iter_mut().try_for_each(HrlFile::sync)?;
+        self.retired.iter_mut().try_for_each(HrlFile::sync_as_is)
+    }
+
+    /// HRLs that could not follow their disk to another folder are not found there: the disk
+    /// ships whole, by a new HRL in its new folder.
+    pub(crate) fn lost_hrls(&mut self, epoch: u64) -> Result<()> {
+        let folder = lock(&self.disk.place).folder.clone();
+        let (here, there) = std::mem::take(&mut self.hrls).into_iter().partition(|h| h.is_in(&folder));
+        self.hrls = here;
+        self.retired.extend::<Vec<_>>(there);
+        self.make_whole(epoch, "its change-tracking log could not be moved with it");
+        // Even if an HRL that stayed behind says so.
+        self.mark_unlogged(epoch);
+        self.sync_pending(epoch)
     }
 
     fn mark_unlogged(&mut self, epoch: u64) {
@@ -153,6 +179,11 @@ impl Entry {
     /// then that of the frozen one and those of given-up epochs, so that a cut in between loses
     /// neither.
     pub(crate) fn make_durable(&mut self, word: EpochWord) -> Result<()> {
+        if self.disk.has_lost_marks() {
+            return Err(Error::new(ErrorKind::NoSpace, "marks are missing")
+                .why("there was no room for them in shared memory")
+                .hint("make room in /dev/shm"));
+        }
         let epoch = word.epoch();
         self.append_map(epoch)?;
         self.hrl(epoch)?.sync()?;
@@ -163,7 +194,7 @@ impl Entry {
             }
         }
         self.log_pending()?;
-        self.hrls.iter_mut().try_for_each(HrlFile::sync)
+        self.sync_hrls()
     }
 
     /// Everything up to an acknowledged epoch is forgotten: HRLs and pending blocks.
@@ -178,6 +209,7 @@ impl Entry {
         }
         self.pending.retain(|e, _| *e > epoch);
         self.unlogged.retain(|e| *e > epoch);
+        self.whole_shown &= self.whole_at(u64::MAX).is_some();
         if self.unlogged.is_empty() {
             self.disk.maps.shm().field(DISK_WHOLE).store(0, SeqCst);
         }

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,11 +24,11 @@ use super::map::{BlockState, DiskMaps};
 use super::preserve::{Limit, Preserve};
 use super::regions::Regions;
 use super::shared::VmShared;
-use super::shm::{DISK_CUT_SIZE, clear_untracked, set_untracked};
+use super::shm::{DISK_CUT_SIZE, DISK_LOST, clear_untracked, set_untracked};
 use super::sync::lock;
 use crate::base::limits::{ACTIVATE_AHEAD_REGIONS_MAX, ACTIVATION_SECONDS_MAX, PRESERVE_OPERATION_BYTES_MAX};
 use crate::base::units::{blocks_touched, regions_touched};
-use crate::base::{BLOCK_BYTES, Block, DiskId, REGION_BYTES};
+use crate::base::{BLOCK_BYTES, Block, DiskId, ExtentSet, REGION_BYTES};
 use crate::core::ports::tracking::{Change, SyncMark, Ticket, TrackedDisk};
 
 /// Blocks that one section of step 2 marks, at most: about 0.1 ms.
@@ -74,8 +74,9 @@ pub struct Disk {
     pub(crate) place: Mutex<Place>,
     /// Where blocks of a frozen epoch are saved, by its map.
     pub(crate) preserve: [Mutex<Option<Arc<Preserve>>>; 3],
-    /// A write could not be marked: no room in shared memory.
-    pub(crate) lost_marks: AtomicBool,
+    /// Blocks of the current epoch that could not be marked: no room in shared memory, which says
+    /// (`DISK_LOST`) whether there are any. The next cut marks them before it is made.
+    lost: Mutex<ExtentSet>,
     /// One at a time puts the untracked mark on or takes it off.
     marking: Mutex<()>,
     /// Syncs that began.
@@ -141,7 +142,7 @@ impl Disk {
             lower: spec.lower,
             place: Mutex::new(place),
             preserve: Default::default(),
-            lost_marks: false.into(),
+            lost: Mutex::default(),
             marking: Mutex::new(()),
             syncs: AtomicU64::new(0),
             sync_owner: AtomicU64::new(0),
@@ -190,10 +191,11 @@ impl Disk {
     /// T8, the way back: writers use the log again, those that did not have left, everything that
     /// they made hot is in a new log; then the mark goes.
     pub(crate) fn recover_tracking(&self) {
-        if !self.regions.untracked.swap(false, SeqCst) {
+        if self.has_lost_marks() || !self.regions.untracked.swap(false, SeqCst) {
             return;
         }
         let is_back = self.regions.pins.wait_all(Duration::from_secs(1))
+            && !self.has_lost_marks()
             && self.vm.hot.rewrite(Some(self.regions.clone()));
         let _one = lock(&self.marking);
         if !is_back {
@@ -212,7 +214,7 @@ impl Disk {
         for blocks in ranges.iter().filter(|b| !b.is_empty()) {
             self.regions.touch(regions_of(blocks));
             if self.maps.ensure(blocks.clone()).is_err() {
-                // T8: no room for the marks. The write goes on; the next cut makes the disk whole.
+                // T8: no room for the marks. The write goes on; the next cut waits for room.
                 self.mark_untracked()?;
             }
         }
@@ -236,9 +238,36 @@ impl Disk {
     #[inline]
     fn mark(&self, word: EpochWord, ranges: &[Range<u64>; 2]) {
         let map = EpochWord::map_of(word.epoch());
-        if !ranges.iter().all(|blocks| self.maps.mark(map, blocks.clone())) {
-            self.lost_marks.store(true, SeqCst);
+        for blocks in ranges {
+            if !self.maps.mark(map, blocks.clone()) {
+                let mut lost = lock(&self.lost);
+                self.maps.shm().field(DISK_LOST).store(1, SeqCst);
+                lost.insert(blocks.clone());
+            }
         }
+    }
+
+    /// Whether a write of the current epoch could not be marked (T8). Then nothing that stands in
+    /// for its mark may go: neither the untracked mark nor a hot region.
+    pub(crate) fn has_lost_marks(&self) -> bool {
+        self.maps.shm().field(DISK_LOST).load(SeqCst) != 0
+    }
+
+    /// Marks in the current epoch what could not be marked when it was written. `false`: there
+    /// is no room still. The caller makes the cuts, so the epoch stays.
+    pub(crate) fn mark_lost(&self, epoch: u64) -> bool {
+        if !self.has_lost_marks() {
+            return true;
+        }
+        let mut lost = lock(&self.lost);
+        let map = EpochWord::map_of(epoch);
+        let marked = |b: Range<u64>| self.maps.ensure(b.clone()).is_ok() && self.maps.mark(map, b);
+        if !lost.iter().all(marked) {
+            return false;
+        }
+        *lost = ExtentSet::new();
+        self.maps.shm().field(DISK_LOST).store(0, SeqCst);
+        true
     }
 
     /// A large change marks most of its blocks before, in short sections, so that a cut (and with
@@ -373,6 +402,8 @@ impl Disk {
         for regions in self.regions.sync_failed() {
             for region in regions {
                 let part = [region * per_region..(region + 1) * per_region, 0..0];
+                // What cannot be marked for want of room is kept as such.
+                let _ = self.maps.ensure(part[0].clone());
                 let word = self.vm.gate.enter(self.vm.epoch_field(), shard, |w| self.mark(w, &part));
                 self.vm.gate.leave(word.epoch(), shard);
             }
@@ -486,5 +517,58 @@ mod tests {
         assert_eq!(down(8192, 8191), [1..2, 0..0]);
         assert_eq!(down(100, 0), [0..1, 0..0]);
         assert_eq!(down(0, 1 << 40), [0..1, 1 << 28..(1 << 28) + 1]);
+    }
+
+    /// T8: blocks that cannot be marked count as changed at the next cut, and, should the process
+    /// die before it, the disk ships whole. What stands in for the marks stays meanwhile.
+    #[test]
+    fn marks_that_are_missing_are_made_good_by_the_cut() {
+        use crate::base::{BootId, SystemClock, VmId};
+        use crate::core::ports::source::{CutKind, Source};
+        use crate::tracker::Tracker;
+
+        struct Clean(Tracker);
+        impl Drop for Clean {
+            fn drop(&mut self) {
+                self.0.remove_shared_memory();
+            }
+        }
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let open = || Clean(Tracker::open(dir.path(), BootId(1), Arc::new(SystemClock::default())).unwrap());
+        let spec = || DiskSpec {
+            id: DiskId(1),
+            path: "disk.img".into(),
+            lower: File::options().read(true).write(true).open(dir.path().join("disk.img")).unwrap(),
+            folder: File::open(dir.path()).unwrap(),
+            file_name: "disk.img".into(),
+            backing: None,
+            changed_beneath: false,
+        };
+        File::create(dir.path().join("disk.img")).unwrap().set_len(1 << 30).unwrap();
+        let (patience, chunk) = (Duration::from_secs(20), crate::base::CHUNK_BLOCKS);
+        let tracker = open();
+        let vm = tracker.0.open_vm(VmId(5), vec![spec()], true).unwrap();
+        let disk = vm.disk(DiskId(1)).unwrap();
+        let lose = |disk: &Disk| {
+            // The chunk in the middle has no memory; those around it have.
+            disk.maps.ensure(chunk..2 * chunk).unwrap();
+            disk.maps.ensure(3 * chunk..4 * chunk).unwrap();
+            disk.mark(disk.vm.word(), &[2 * chunk - 1..3 * chunk + 1, 0..0]);
+        };
+        lose(&disk);
+        assert!(disk.has_lost_marks() && vm.has_changes());
+        assert!(vm.stop_clean().is_err());
+        let cut = vm.cut(CutKind::Final, &vm.pending(), patience).unwrap();
+        vm.drain(patience).unwrap().unwrap();
+        assert!(!disk.has_lost_marks());
+        assert_eq!(vm.frozen_blocks()[&DiskId(1)].total(), chunk + 2);
+        vm.acknowledge(cut.epoch).unwrap();
+        disk.maps.shm().field(DISK_LOST).store(1, SeqCst);
+        drop((disk, vm));
+        tracker.0.stop();
+        let next = open();
+        let vm = next.0.open_vm(VmId(5), vec![spec()], false).unwrap();
+        assert_eq!(vm.recovered()[0].label, "lost-with-process");
+        assert!(!vm.disk(DiskId(1)).unwrap().has_lost_marks());
     }
 }

@@ -176,6 +176,15 @@ impl HrlFile {
         Ok(())
     }
 
+    /// Makes it durable as it is: one with a torn tail is never appended to.
+    pub(crate) fn sync_as_is(&mut self) -> Result<()> {
+        if !self.synced {
+            self.file.sync_all().and_then(|()| self.folder.sync_all()).context(|| self.what("synced"))?;
+            self.synced = true;
+        }
+        Ok(())
+    }
+
     /// Removes the file. Preserved data that a late writer still adds goes with its last user.
     pub(crate) fn remove(&self) {
         if let Err(e) = unlinkat(&self.folder, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir)
@@ -183,6 +192,11 @@ impl HrlFile {
         {
             log::warn!("{}: {e}", self.what("removed"));
         }
+    }
+
+    /// Whether it is in this (opened) folder.
+    pub(crate) fn is_in(&self, folder: &Arc<File>) -> bool {
+        Arc::ptr_eq(&self.folder, folder)
     }
 
     /// The disk has moved: so does its log. A failure leaves it where it is, where it is found by

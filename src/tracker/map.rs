@@ -218,14 +218,14 @@ impl DiskMaps {
         has_bit(&self.ready, chunk).then(|| self.shm.chunk(map, chunk))
     }
 
-    /// Marks blocks; `false`: one of their chunks is not ready.
+    /// Marks blocks; `false`: one of their chunks is not ready, and only the others were marked.
     #[inline]
     pub(crate) fn mark(&self, map: usize, blocks: Range<u64>) -> bool {
-        by_chunk(blocks).all(|(chunk, within)| match self.words(map, chunk) {
+        by_chunk(blocks).fold(true, |all, (chunk, within)| match self.words(map, chunk) {
             Some(words) => {
                 set_bit(&self.summary[map], chunk);
                 mark(words, within);
-                true
+                all
             }
             None => false,
         })

@@ -134,15 +134,19 @@ impl Preserve {
         slot.is_some_and(|s| self.file.read_exact_at(buffer, PRESERVED_OFFSET + s * BLOCK_BYTES).is_ok())
     }
 
-    /// Gives the space back. The epoch must have given up its cut before. Whether there was any.
-    pub(crate) fn free(&self) -> bool {
-        let had = self.bytes() > 0;
+    /// Nothing is saved any more.
+    pub(crate) fn close(&self) {
         self.freed.store(true, SeqCst);
+    }
+
+    /// Gives the space back. Closed, and after that given up, before: else a copy that is read
+    /// and believed could go. Whether there was any.
+    pub(crate) fn punch(&self) -> bool {
         let length = self.slots.load(SeqCst) * BLOCK_BYTES;
         if length > 0 {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             let _ = fallocate(&self.file, flags, PRESERVED_OFFSET as i64, length as i64);
         }
-        had
+        length > 0
     }
 }

@@ -3,7 +3,8 @@
 //! `ceiling`: no epoch with this number or a higher one was ever begun, so that after a loss of
 //! power the numbers go on above everything that a vault may have seen. `stopped`: the disks as a
 //! clean stop left them; taken out before the first write is let through. `hot_log`: id and
-//! generation of the hot-region log, to tell an older or foreign one.
+//! generation of the hot-region log, to tell an older or foreign one. `files`: which file each
+//! disk was, because a file that took its place may be older than everything that is known.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -42,9 +43,15 @@ impl DiskStat {
         })
     }
 
-    /// When the file was last modified, in ms since 1970.
+    /// When the file or what describes it last changed, in ms since 1970: the content of one that
+    /// was moved here or restored with its times is older than the change.
     pub(crate) fn modified_ms(&self) -> i64 {
-        i64::try_from(self.mtime_ns / 1_000_000).unwrap_or(i64::MAX)
+        i64::try_from(self.mtime_ns.max(self.ctime_ns) / 1_000_000).unwrap_or(i64::MAX)
+    }
+
+    /// Number of the file in its file system.
+    pub(crate) fn inode(&self) -> u64 {
+        self.inode
     }
 }
 
@@ -55,6 +62,15 @@ pub(crate) struct VmRecord {
     pub(crate) ceiling: u64,
     pub(crate) stopped: Option<Vec<DiskStat>>,
     pub(crate) hot_log: Option<HotIdentity>,
+    #[serde(default)]
+    pub(crate) files: Vec<DiskFile>,
+}
+
+/// Which file a disk was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskFile {
+    pub(crate) id: DiskId,
+    pub(crate) inode: u64,
 }
 
 /// Which hot-region log was in use.

@@ -140,6 +140,13 @@ impl Regions {
         }
     }
 
+    /// Written to by a process that has died, perhaps, and not synced (T9). They are hot.
+    pub(crate) fn assume_unsynced(&self) {
+        for region in bits_set(&self.hot, self.end.load(SeqCst)) {
+            set_bit(&self.unsynced, region);
+        }
+    }
+
     /// Hot regions that were not touched since the last call.
     pub(crate) fn idle(&self) -> Vec<u64> {
         let idle =

@@ -63,9 +63,17 @@ impl VmShared {
         self.shm.field(VM_TRACKING).store(rand::random::<u64>().max(1), SeqCst);
     }
 
-    /// Frees what was preserved for an epoch that has given up its cut. Whether there was any.
+    /// Frees what was preserved for the frozen epoch, which gives up its cut. Whether there was any.
+    ///
+    /// The stores may be those of an epoch whose cut comes just now. Closed first: if the cut comes
+    /// after the announcement, no writer saves anything; if before, readers hear of the give-up
+    /// before a copy goes.
     pub(crate) fn free_preserved(&self) -> bool {
         let preserves = std::mem::take(&mut *lock(&self.preserves));
-        preserves.iter().filter(|p| p.free()).count() > 0
+        preserves.iter().for_each(|p| p.close());
+        for p in &preserves {
+            self.announce_give_up(p.epoch, "space for saved content was needed", 0);
+        }
+        preserves.iter().filter(|p| p.punch()).count() > 0
     }
 }

@@ -64,7 +64,7 @@ pub(crate) const DISK_CUT_SIZE: usize = 8;
 pub(crate) const DISK_WHOLE: usize = 11;
 /// The epoch in which the disk joined the VM.
 pub(crate) const DISK_SINCE: usize = 12;
-/// Not 0: a write could not be marked (T8); the next cut makes the disk whole.
+/// Not 0: a write could not be marked (T8), and which is known to the process only.
 pub(crate) const DISK_LOST: usize = 13;
 /// Inode of the disk file.
 pub(crate) const DISK_INODE: usize = 14;
@@ -130,17 +130,18 @@ unsafe impl Sync for Shm {}
 impl Shm {
     /// The object of a VM.
     pub(crate) fn vm(names: &ShmNames, id: u128) -> Result<(Self, bool)> {
-        Self::open(names.path('v', id), id, PAGE)
+        Self::open(names.path('v', id), id, PAGE, 0)
     }
 
-    /// The object of a disk, with three maps.
+    /// The object of a disk, with three maps. A new one says that the disk ships whole, until what
+    /// has changed is written down somewhere.
     pub(crate) fn disk(names: &ShmNames, id: u128) -> Result<(Self, bool)> {
-        Self::open(names.path('d', id), id, PAGE + CHUNKS_MAX as usize * 3 * PAGE)
+        Self::open(names.path('d', id), id, PAGE + CHUNKS_MAX as usize * 3 * PAGE, 1)
     }
 
     /// Opens what is there (`true`) or makes a new one.
     /// [`ErrorKind::Version`]: it has another layout, and was left alone.
-    fn open(path: PathBuf, id: u128, bytes: usize) -> Result<(Self, bool)> {
+    fn open(path: PathBuf, id: u128, bytes: usize, whole: u64) -> Result<(Self, bool)> {
         let what = || format!("cannot use shared memory {}", path.display());
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => {
@@ -152,12 +153,14 @@ impl Shm {
                 }
                 Ok((shm, true))
             }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok((Self::create(path, id, bytes)?, false)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                Ok((Self::create(path, id, bytes, whole)?, false))
+            }
             Err(e) => Err(Error::io(what(), e)),
         }
     }
 
-    fn create(path: PathBuf, id: u128, bytes: usize) -> Result<Self> {
+    fn create(path: PathBuf, id: u128, bytes: usize, whole: u64) -> Result<Self> {
         let what = || format!("cannot make shared memory {}", path.display());
         let temporary = path.with_extension("new");
         let _ = std::fs::remove_file(&temporary);
@@ -175,6 +178,7 @@ impl Shm {
         shm.set(1, LAYOUT);
         shm.set(2, id as u64);
         shm.set(3, (id >> 64) as u64);
+        shm.set(DISK_WHOLE, whole);
         std::fs::rename(&temporary, &path).context(what)?;
         Ok(shm)
     }

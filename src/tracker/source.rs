@@ -167,7 +167,7 @@ impl Source for VmTracker {
 
     fn has_changes(&self) -> bool {
         let map = EpochWord::map_of(self.shared.word().epoch());
-        let is_dirty = |d: &Arc<Disk>| !d.maps.is_empty(map) || d.lost_marks.load(SeqCst);
+        let is_dirty = |d: &Arc<Disk>| !d.maps.is_empty(map) || d.has_lost_marks();
         self.shared.shm.field(VM_RECORDS).load(SeqCst) != 0
             || disks!(self).values().any(is_dirty)
             || lock(&self.book).entries.values().any(|e| !e.pending.is_empty())
@@ -179,7 +179,10 @@ impl Source for VmTracker {
     }
 
     fn pending(&self) -> BlocksByDisk {
-        let book = lock(&self.book);
+        let mut book = lock(&self.book);
+        for entry in book.entries.values_mut() {
+            entry.whole_shown = entry.whole_at(u64::MAX).is_some();
+        }
         let of = |(id, entry): (&DiskId, &Entry)| (*id, entry.pending_blocks());
         book.entries.iter().map(of).filter(|(_, set)| !set.is_empty()).collect()
     }
@@ -332,7 +335,8 @@ impl Source for VmTracker {
                 entry.make_whole(epoch, reason);
             }
         }
-        Ok(())
+        // The shipper forgets next what else would say so.
+        book.entries.values_mut().try_for_each(|entry| entry.sync_pending(epoch))
     }
 
     fn figures(&self) -> Vec<(DiskId, DiskFigures)> {

@@ -1,8 +1,11 @@
 //! Opening a VM: facts are gathered, the start-up table (`core::recovery`) decides for each disk,
 //! and book, maps and epoch word are set up accordingly.
 //!
-//! Killed in here: the next start finds the same facts again, except the record of a clean stop,
-//! which goes first.
+//! Killed in here, or failed: the next start finds the same facts again. What it would find them
+//! by goes only after something as durable says the same: first the HRL that has what is pending,
+//! then the old HRLs, the record of a clean stop and the untracked mark, at last the sign of life
+//! and the word without which the VM's memory counts for nothing (`VM_READY`). Where memory counts
+//! already, it says that a disk ships whole before the first of these steps.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -20,10 +23,10 @@ use super::preserve::Preserve;
 use super::record::{DiskStat, VmRecord};
 use super::shared::VmShared;
 use super::shm::{
-    DISK_CUT_SIZE, DISK_SINCE, DISK_WHOLE, Shm, ShmNames, VM_EPOCH, VM_HEARTBEAT, VM_RECORDS, VM_TRACKING,
-    clear_untracked, has_untracked,
+    DISK_CUT_SIZE, DISK_INODE, DISK_LOST, DISK_SINCE, DISK_WHOLE, Shm, ShmNames, VM_EPOCH, VM_HEARTBEAT,
+    VM_READY, VM_RECORDS, VM_TRACKING, clear_untracked, has_untracked,
 };
-use super::vm::{GiveUps, RecoveredDisk, VmTracker, discard_hrls};
+use super::vm::{GiveUps, RecoveredDisk, VmTracker, discard_hrls, note_file};
 use crate::base::{BLOCK_BYTES, BootId, Clock, Error, ErrorKind, REGION_BYTES, Result, Timestamp, VmId};
 use crate::core::recovery::{
     HotLogState, LastStop, SharedMemory, StartDecision, StartFacts, VaultHead, decide,
@@ -71,7 +74,9 @@ fn open_shm(open: impl Fn() -> Result<(Shm, bool)>, path: &dyn Fn()) -> Result<(
 /// The state of the hot-region log, held against the record.
 fn hot_log_state(hot: &HotLog, record: Option<&VmRecord>) -> HotLogState {
     let HotFound::Good { log, generation } = hot.state() else { return HotLogState::Missing };
-    match record.and_then(|r| r.hot_log.as_ref()) {
+    // Without the record nothing says which log was in use.
+    let Some(record) = record else { return HotLogState::Missing };
+    match record.hot_log.as_ref() {
         Some(known) if known.log != format!("{log:032x}") => HotLogState::Foreign,
         Some(known) if known.generation > generation => HotLogState::Older,
         _ => HotLogState::Good,
@@ -90,9 +95,9 @@ pub(crate) fn open_vm(
         around.names.remove('v', id.0);
     }
     let (shm, vm_memory) = open_shm(|| Shm::vm(around.names, id.0), &|| around.names.remove('v', id.0))?;
-    let is_set = shm.field(VM_EPOCH).load(SeqCst) != 0;
+    let is_ready = shm.field(VM_READY).load(SeqCst) != 0;
     let vm_memory =
-        if vm_memory == SharedMemory::Present && !is_set { SharedMemory::Absent } else { vm_memory };
+        if vm_memory == SharedMemory::Present && !is_ready { SharedMemory::Absent } else { vm_memory };
     let heartbeat = shm.field(VM_HEARTBEAT).load(SeqCst) as i64;
     let mut disks = Vec::new();
     for spec in specs {
@@ -122,7 +127,6 @@ pub(crate) fn open_vm(
         give_ups: Mutex::new(GiveUps::default()),
         preserves: Mutex::new(Vec::new()),
     });
-    shared.shm.field(VM_HEARTBEAT).store(around.clock.now().0 as u64, SeqCst);
     let recovered =
         disks.iter().map(|d| RecoveredDisk { id: d.spec.id, label: d.label, reason: d.reason }).collect();
     let mut vm = VmTracker {
@@ -167,13 +171,20 @@ fn examine(
         Some(false) if stopped.is_some_and(|s| s.iter().all(|d| d.id != spec.id)) => LastStop::Unclean,
         Some(_) => LastStop::CleanButDiffers,
     };
+    // Another file in its place, or one that was written to where nobody looked.
+    let inode = shm.field(DISK_INODE).load(SeqCst);
+    let file = record.and_then(|r| r.files.iter().find(|f| f.id == spec.id));
+    let is_another = spec.changed_beneath
+        || (inode != 0 && inode != stat.inode())
+        || file.is_some_and(|f| f.inode != stat.inode());
+    let lost = [DISK_WHOLE, DISK_LOST].iter().any(|f| shm.field(*f).load(SeqCst) != 0);
     let hrls = find(&spec.folder, spec.id);
     let facts = StartFacts {
         is_fresh: fresh,
         shared_memory,
-        lost_with_process: shm.field(DISK_WHOLE).load(SeqCst) != 0,
-        changed_beneath: spec.changed_beneath || stat.modified_ms() > heartbeat + HEARTBEAT_GRACE_MS,
-        changed_since_boot: spec.changed_beneath || stat.modified_ms() > around.boot_began.0,
+        lost_with_process: lost,
+        changed_beneath: is_another || stat.modified_ms() > heartbeat + HEARTBEAT_GRACE_MS,
+        changed_since_boot: is_another || stat.modified_ms() > around.boot_began.0,
         last_stop,
         is_untracked: has_untracked(&spec.lower),
         hot_log: hot_log_state(&around.hot, record),
@@ -187,13 +198,29 @@ fn examine(
 
 /// Sets book, maps and epoch word up.
 fn set_up(vm: &mut VmTracker, disks: Vec<Found>) -> Result<()> {
+    let goes_on = disks.iter().all(|d| d.decision == StartDecision::GoOn);
+    let give_up = |vm: &VmTracker| {
+        let word = vm.shared.word();
+        if word.previous() == Previous::Frozen {
+            let reason = "saved content was known to the dead process only";
+            vm.shared.announce_give_up(word.epoch() - 1, reason, 0);
+        }
+    };
+    // Before anything of a frozen epoch is cleared.
+    if !goes_on {
+        give_up(vm);
+    }
     let word = vm.shared.word();
+    if !goes_on || vm.shared.shm.field(VM_TRACKING).load(SeqCst) == 0 {
+        vm.shared.renew_tracking_id();
+    }
     let mut book = Book::default();
     let mut must_give_up = false;
-    let mut decisions = Vec::new();
+    let mut anew = Vec::new();
     for found in disks {
-        decisions.push((found.spec.id, found.decision, found.reason));
-        must_give_up |= found.decision != StartDecision::GoOn;
+        if found.decision != StartDecision::GoOn {
+            anew.push(found.spec.id);
+        }
         let entry = open_disk(vm, found, word, &mut must_give_up)?;
         vm.disks
             .get_mut()
@@ -201,37 +228,34 @@ fn set_up(vm: &mut VmTracker, disks: Vec<Found>) -> Result<()> {
             .insert(entry.disk.id, entry.disk.clone());
         book.entries.insert(entry.disk.id, entry);
     }
-    let goes_on = decisions.iter().all(|(_, d, _)| *d == StartDecision::GoOn);
-    if !goes_on || vm.shared.shm.field(VM_TRACKING).load(SeqCst) == 0 {
-        vm.shared.renew_tracking_id();
-    }
-    // The clean stop is over, durably, and numbers are reserved, before the first write.
-    vm.write_record(&mut book, word.epoch(), None)?;
-    if word.previous() == Previous::Frozen && must_give_up {
-        let reason = "saved content was known to the dead process only";
-        vm.shared.announce_give_up(word.epoch() - 1, reason, 0);
+    if must_give_up {
+        give_up(vm);
     }
     if vm.shared.word().previous() == Previous::GaveUp {
         book.complete_give_up(word.epoch() - 1);
     }
-    for (id, decision, reason) in decisions {
-        let Some(entry) = book.entries.get_mut(&id) else { continue };
-        if decision == StartDecision::Whole {
-            entry.make_whole(word.epoch(), reason);
-            entry.try_hrl(word.epoch()).map(|h| h.sync());
-        }
-        // The mark has been taken account of, durably, by what is pending now.
-        if decision != StartDecision::GoOn && entry.unlogged.is_empty() {
+    // The clean stop is over, durably, and numbers are reserved, before the first write.
+    vm.write_record(&mut book, word.epoch(), None)?;
+    for entry in book.entries.values() {
+        if anew.contains(&entry.disk.id) {
+            // The mark has been taken account of, durably, by what is pending now.
             clear_untracked(&entry.disk.lower).map_err(|e| Error::io("the untracked mark stays", e))?;
+            entry.disk.maps.shm().field(DISK_LOST).store(0, SeqCst);
         }
+        note_file(&entry.disk)?;
     }
+    vm.shared.shm.field(VM_HEARTBEAT).store(vm.shared.clock.now().0 as u64, SeqCst);
+    vm.shared.shm.field(VM_READY).store(1, SeqCst);
     vm.book = Mutex::new(book);
     Ok(())
 }
 
 /// Opens one disk as decided.
 fn open_disk(vm: &VmTracker, found: Found, word: EpochWord, must_give_up: &mut bool) -> Result<Entry> {
-    let Found { spec, shm, is_new_shm, hrls, decision, .. } = found;
+    let Found { spec, shm, is_new_shm, hrls, reason, decision, .. } = found;
+    if decision == StartDecision::Whole {
+        shm.field(DISK_WHOLE).fetch_max(word.epoch(), SeqCst);
+    }
     let is_untracked = decision == StartDecision::GoOn && has_untracked(&spec.lower);
     if is_new_shm || decision != StartDecision::GoOn {
         shm.field(DISK_SINCE).store(word.epoch(), SeqCst);
@@ -245,14 +269,16 @@ fn open_disk(vm: &VmTracker, found: Found, word: EpochWord, must_give_up: &mut b
     let epoch = word.epoch();
     let is_frozen = word.previous() != Previous::Forgotten;
     disk.maps.clear(EpochWord::map_of(epoch + 1));
-    if !is_frozen {
+    if !is_frozen || decision != StartDecision::GoOn {
         disk.maps.clear(EpochWord::map_of(epoch + 2));
     }
     match decision {
         StartDecision::Whole => {
+            disk.maps.clear(EpochWord::map_of(epoch));
+            entry.make_whole(epoch, reason);
+            entry.sync_pending(epoch)?;
             let folder = super::sync::lock(&disk.place).folder.clone();
             hrls.iter().for_each(|h| discard(&folder, h));
-            entry.try_hrl(epoch);
         }
         StartDecision::GoOn => {
             adopt(&mut entry, hrls, word);
@@ -260,9 +286,16 @@ fn open_disk(vm: &VmTracker, found: Found, word: EpochWord, must_give_up: &mut b
                 *must_give_up |= !resume_frozen(&mut entry, epoch - 1);
             }
             entry.try_hrl(epoch);
+            if is_untracked {
+                heat_marked(&entry);
+            }
+            disk.regions.assume_unsynced();
         }
         StartDecision::Durable | StartDecision::DurableAndHot => {
             adopt(&mut entry, hrls, EpochWord::new(epoch, Previous::Forgotten));
+            // Of an opening that failed, or was killed.
+            disk.maps.clear(EpochWord::map_of(epoch));
+            disk.maps.shm().field(DISK_LOST).store(0, SeqCst);
             if decision == StartDecision::DurableAndHot && !hot.is_empty() {
                 let pending = entry.pending.entry(epoch - 1).or_default();
                 let per_region = REGION_BYTES / BLOCK_BYTES;
@@ -276,6 +309,19 @@ fn open_disk(vm: &VmTracker, found: Found, word: EpochWord, must_give_up: &mut b
         }
     }
     Ok(entry)
+}
+
+/// T8: what was written since the untracked mark was put on has no activation in the log. Its
+/// regions become hot before the cooler can see the disk: the mark goes only once the log has
+/// everything that is hot.
+fn heat_marked(entry: &Entry) {
+    let per_region = REGION_BYTES / BLOCK_BYTES;
+    let maps = (0..3).map(|map| entry.disk.maps.blocks(map));
+    for set in maps.chain(entry.pending.values().map(|p| p.blocks.clone())) {
+        for blocks in set.iter() {
+            entry.disk.regions.set_hot(blocks.start / per_region..blocks.end.div_ceil(per_region));
+        }
+    }
 }
 
 /// Takes over the HRLs that were found. Those of epochs that are over are pending; that of the

@@ -17,9 +17,11 @@ use super::disk::{Disk, DiskSpec};
 use super::gate::{EpochWord, Previous};
 use super::map::DiskMaps;
 use super::preserve::Preserve;
-use super::record::{CEILING_STEP, DiskStat, HotIdentity, VmRecord};
+use super::record::{CEILING_STEP, DiskFile, DiskStat, HotIdentity, VmRecord};
 use super::shared::VmShared;
-use super::shm::{DISK_CUT_SIZE, DISK_SINCE, Shm, ShmNames, VM_CUT_TIME, VM_RECORDS, clear_untracked};
+use super::shm::{
+    DISK_CUT_SIZE, DISK_INODE, DISK_SINCE, Shm, ShmNames, VM_CUT_TIME, VM_RECORDS, clear_untracked,
+};
 use super::sync::lock;
 use crate::base::{DiskId, EpochNumber, Error, ErrorKind, Result, Timestamp};
 use crate::core::ports::source::{BlocksByDisk, Cut, CutDisk, CutKind};
@@ -111,9 +113,14 @@ impl VmTracker {
         let epoch = self.shared.word().epoch();
         shm.field(DISK_SINCE).store(epoch, SeqCst);
         let disk = Arc::new(Disk::new(spec, self.shared.clone(), DiskMaps::new(shm)?));
+        note_file(&disk)?;
         let mut entry = Entry::new(disk.clone());
         entry.attached = false;
         entry.make_whole(epoch, "it is new");
+        if let Err(e) = entry.sync_pending(epoch) {
+            self.forget_entry(&entry);
+            return Err(e);
+        }
         book.entries.insert(disk.id, entry);
         self.insert_disk(disk.clone());
         self.note_record(&book);
@@ -155,7 +162,7 @@ impl VmTracker {
     }
 
     /// The disk has another path (relative to the mount), folder and file name now. Its HRLs move
-    /// with it.
+    /// with it, durably; so the caller makes the new path durable after this.
     pub fn rename_disk(&self, id: DiskId, path: PathBuf, folder: File, file_name: OsString) -> Result<()> {
         let mut book = lock(&self.book);
         let epoch = self.shared.word().epoch();
@@ -166,15 +173,21 @@ impl VmTracker {
             .iter_mut()
             .chain(&mut entry.retired)
             .try_for_each(|h| h.move_to(&folder, &file_name, id));
-        {
+        let before = {
             let mut place = lock(&entry.disk.place);
             place.path.clone_from(&path);
-            place.folder = folder;
             place.file_name = file_name;
-        }
+            std::mem::replace(&mut place.folder, folder.clone())
+        };
+        let synced = || before.sync_all().and_then(|()| folder.sync_all());
+        let moved = moved
+            .and_then(|()| synced().map_err(|e| Error::io("a change-tracking log may be in two folders", e)));
         if let Err(e) = moved {
             log::warn!("disk {}: {e}", path.display());
-            entry.make_whole(epoch, "its change-tracking log could not be moved with it");
+            // Where this fails, shared memory says that the disk ships whole, and it is tried again.
+            if let Err(e) = entry.lost_hrls(epoch) {
+                log::warn!("disk {}: {e}", path.display());
+            }
         }
         let record = HrlRecord::Renamed { path: path.to_string_lossy().into_owned() };
         if let Some(Err(e)) = entry.try_hrl(epoch).map(|h| h.append(&record)) {
@@ -247,6 +260,7 @@ impl VmTracker {
             ceiling: epoch + CEILING_STEP,
             stopped,
             hot_log: Some(HotIdentity { log: format!("{log:032x}"), generation }),
+            files: book.entries.values().map(|e| file_of(&e.disk)).collect::<Result<_>>()?,
             ..VmRecord::default()
         };
         record.write(&self.state_dir, self.shared.id)?;
@@ -335,6 +349,11 @@ impl VmTracker {
         if book.entries.values().any(|e| !e.attached) {
             return Err(busy("a disk is on its way into the write path"));
         }
+        // Of a whole disk the vault keeps only what has a part: the shipper must know that it is one.
+        let is_unknown = |e: &Entry| e.whole_at(epoch).is_some() && !e.whole_shown;
+        if kind == CutKind::Final && book.entries.values().any(is_unknown) {
+            return Err(busy("a disk ships whole since a moment ago"));
+        }
         if epoch + 2 >= book.ceiling {
             self.write_record(&mut book, epoch + 2, None)?;
         }
@@ -363,16 +382,15 @@ impl VmTracker {
         lock(&self.shared.preserves).clear();
         for (id, entry) in &mut book.entries {
             let disk = entry.disk.clone();
-            if disk.lost_marks.swap(false, SeqCst) {
-                entry.make_whole(epoch, "there was no room in shared memory for its marks");
+            if !disk.mark_lost(epoch) {
+                return Err(no_room());
             }
             disk.maps.clear(EpochWord::map_of(epoch + 1));
             if kind == CutKind::Final {
                 for blocks in unmade.get(id).into_iter().flat_map(|set| set.iter()) {
                     let ready = disk.maps.ensure(blocks.clone()).is_ok();
                     if !ready || !disk.maps.mark(EpochWord::map_of(epoch), blocks) {
-                        return Err(Error::new(ErrorKind::NoSpace, "there is no room in shared memory")
-                            .hint("make room in /dev/shm"));
+                        return Err(no_room());
                     }
                 }
                 let size = disk.lower.metadata().map_or(0, |m| m.len());
@@ -392,7 +410,7 @@ impl VmTracker {
         let previous = if kind == CutKind::Final { Previous::Frozen } else { Previous::GaveUp };
         let map = EpochWord::map_of(epoch);
         let disks: Vec<_> = book.entries.values().map(|e| e.disk.clone()).collect();
-        let mut no_room = false;
+        let mut lost = false;
         loop {
             let left = patience.saturating_sub(begun.elapsed());
             let none_truncates = || self.shared.truncations.load(SeqCst) == 0;
@@ -400,8 +418,8 @@ impl VmTracker {
                 return Err(busy("a truncation runs"));
             }
             let done = self.shared.gate.cut(self.shared.epoch_field(), || {
-                no_room = disks.iter().any(|d| d.lost_marks.load(SeqCst));
-                if no_room || !none_truncates() {
+                lost = disks.iter().any(|d| d.has_lost_marks());
+                if lost || !none_truncates() {
                     return None;
                 }
                 for disk in &disks {
@@ -415,9 +433,8 @@ impl VmTracker {
             if done {
                 return Ok(());
             }
-            if no_room {
-                return Err(Error::new(ErrorKind::NoSpace, "there is no room in shared memory for marks")
-                    .hint("make room in /dev/shm"));
+            if lost {
+                return Err(no_room());
             }
         }
     }
@@ -452,8 +469,24 @@ impl VmTracker {
     }
 }
 
+/// Which file a disk is.
+fn file_of(disk: &Disk) -> Result<DiskFile> {
+    Ok(DiskFile { id: disk.id, inode: DiskStat::of(disk.id, &disk.lower)?.inode() })
+}
+
+/// Shared memory says which file the disk is.
+pub(crate) fn note_file(disk: &Disk) -> Result<()> {
+    disk.maps.shm().field(DISK_INODE).store(file_of(disk)?.inode, SeqCst);
+    Ok(())
+}
+
 fn unknown_disk(id: DiskId) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no disk {id}"))
+}
+
+fn no_room() -> Error {
+    Error::new(ErrorKind::NoSpace, "there is no room in shared memory for marks")
+        .hint("make room in /dev/shm")
 }
 
 fn busy(why: &str) -> Error {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use afterimage::base::{BootId, DiskId, ErrorKind, ExtentSet, SystemClock, VmId};
+use afterimage::base::{BootId, DiskId, ErrorKind, ExtentSet, Result, SystemClock, VmId};
 use afterimage::core::ports::source::{BlocksByDisk, Cut, CutKind, Source};
 use afterimage::core::ports::tracking::{Change, TrackedDisk};
 use afterimage::format::hrl::{self, HrlReport};
@@ -102,10 +102,8 @@ impl Rig {
         self.vm.clone().unwrap()
     }
 
-    pub fn open(&mut self, boot: BootId, fresh: bool) {
-        let state = self.dir.path().join("state");
-        let tracker = Tracker::open(&state, boot, Arc::new(SystemClock::default())).unwrap();
-        let spec = |id: u128| DiskSpec {
+    pub fn spec(&self, id: u128) -> DiskSpec {
+        DiskSpec {
             id: DiskId(id),
             path: self.path(id).strip_prefix(self.dir.path()).unwrap().to_owned(),
             lower: self.file(id),
@@ -113,10 +111,59 @@ impl Rig {
             file_name: self.path(id).file_name().unwrap().to_owned(),
             backing: None,
             changed_beneath: false,
-        };
-        let specs = (1..=DISKS).map(spec).collect();
-        self.vm = Some(tracker.open_vm(VmId(77), specs, fresh).unwrap());
+        }
+    }
+
+    pub fn open(&mut self, boot: BootId, fresh: bool) {
+        let specs = (1..=DISKS).map(|id| self.spec(id)).collect();
+        self.open_with(boot, specs, fresh).unwrap();
+    }
+
+    fn open_with(&mut self, boot: BootId, specs: Vec<DiskSpec>, fresh: bool) -> Result<()> {
+        let state = self.dir.path().join("state");
+        let tracker = Tracker::open(&state, boot, Arc::new(SystemClock::default())).unwrap();
+        let vm = tracker.open_vm(VmId(77), specs, fresh);
         self.tracker = Some(tracker);
+        self.vm = Some(vm?);
+        Ok(())
+    }
+
+    /// Killed; the next start comes to nothing, because the record of the VM cannot be written.
+    pub fn fail_to_reopen(&mut self, boot: BootId) {
+        let folder = self.dir.path().join("state/tracker");
+        let records = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name());
+        let in_the_way = folder.join(format!(".{}.new", records.last().unwrap().to_str().unwrap()));
+        std::fs::create_dir(&in_the_way).unwrap();
+        self.vm = None;
+        self.tracker = None;
+        let specs = (1..=DISKS).map(|id| self.spec(id)).collect();
+        assert!(self.open_with(boot, specs, false).is_err());
+        std::fs::remove_dir(in_the_way).unwrap();
+    }
+
+    /// Killed; the next start is told that the second disk was written to meanwhile.
+    pub fn reopen_changed_beneath(&mut self, boot: BootId) {
+        self.vm = None;
+        self.tracker = None;
+        let mut specs: Vec<_> = (1..=DISKS).map(|id| self.spec(id)).collect();
+        specs[1].changed_beneath = true;
+        self.open_with(boot, specs, false).unwrap();
+    }
+
+    /// Another file takes the place of the first disk; it is as old as that was.
+    pub fn replace_first_disk(&mut self) {
+        let path = self.path(1);
+        let other = path.with_extension("backup");
+        let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+        std::fs::write(&other, vec![0x77; 3 * BLOCK as usize]).unwrap();
+        File::options().write(true).open(&other).unwrap().set_modified(modified).unwrap();
+        std::fs::rename(other, path).unwrap();
+    }
+
+    /// A third file, of one block.
+    pub fn third_disk(&self) -> DiskSpec {
+        std::fs::write(self.path(3), [3; BLOCK as usize]).unwrap();
+        self.spec(3)
     }
 
     /// The process ends without a word; another one begins.
