@@ -241,7 +241,7 @@ pub struct Machine {
     random: u64,
     /// Syncs that still need a cut, and until when they wait.
     waiting: Vec<(SyncId, Duration)>,
-    /// Syncs whose cut is made.
+    /// Syncs whose cut is made, or whose survey found that none is needed.
     in_cut: Vec<(SyncId, Duration)>,
     is_kicked: bool,
     /// A cycle has begun and not ended; a failure does not end it.
@@ -384,7 +384,7 @@ impl Machine {
             (S::Recovering, E::Recovered(found)) => self.recovered(now, found, out),
             (S::Surveying, E::Surveyed(survey)) => self.surveyed(now, survey, out),
             (S::Renewing, E::Renewed) => {
-                let ids = std::mem::take(&mut self.waiting);
+                let ids = std::mem::take(&mut self.in_cut);
                 self.cycle_ended(now, ids, Answer::NoChanges, out);
             }
             (S::LiveCutting, E::CutMade) => self.enter(S::LiveDraining, out),
@@ -409,6 +409,8 @@ impl Machine {
             }
             (S::GivingUp, E::GivenUp) => {
                 self.after_give_up = true;
+                // However many passes there were: one takes what is pending now.
+                self.passes = self.passes.min(PASSES_MAX - 1);
                 self.enter(S::Surveying, out);
             }
             (S::Committing, E::Committed) => self.enter(S::Acknowledging, out),
@@ -465,6 +467,8 @@ impl Machine {
 
     fn surveyed(&mut self, now: Duration, survey: Survey, out: &mut Vec<Action>) {
         if !survey.has_changes {
+            // Who asks from now on may have written after the survey.
+            self.in_cut.append(&mut self.waiting);
             return self.enter(State::Renewing, out);
         }
         let after_give_up = std::mem::take(&mut self.after_give_up);
@@ -478,9 +482,11 @@ impl Machine {
                 self.marked_before = survey.marked_bytes;
                 return self.enter(State::LiveCutting, out);
             }
-            // The guest overwrites faster than it can be preserved: not again before it is due.
+            // The guest overwrites faster than it can be preserved: not again before the next cycle
+            // is due, counted from now.
             let is_storm = self.give_ups > 0 && self.give_ups.is_multiple_of(GIVE_UPS_ALERT);
-            if is_storm && self.waiting.is_empty() && !self.schedule.is_due(now) && self.passes > 0 {
+            if is_storm && self.waiting.is_empty() && self.passes > 0 {
+                self.schedule.began(now);
                 self.passes = 0;
                 self.in_cycle = false;
                 return self.enter(State::Idle, out);
@@ -644,7 +650,7 @@ impl Machine {
         debug_assert!(self.state != State::Idle || !self.is_paused);
         let has_cut = matches!(
             self.state,
-            State::Draining | State::Shipping | State::Committing | State::Acknowledging
+            State::Renewing | State::Draining | State::Shipping | State::Committing | State::Acknowledging
         );
         let may_have_cut = matches!(self.state, State::Recovering | State::Retrying | State::Probing);
         debug_assert!(self.in_cut.is_empty() || has_cut || may_have_cut, "{:?} has no cut", self.state);

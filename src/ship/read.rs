@@ -156,7 +156,7 @@ impl Reader {
         if window.end - window.start < ASK_HOLES_BLOCKS {
             return Ok(all());
         }
-        let fault = |error| ReadFault { error, place: None };
+        let fault = |error| ReadFault { error: self.without_disk(error), place: None };
         match self.mode {
             Mode::Live => {
                 let data = self.source.data_blocks(disk, window.clone()).map_err(fault)?;
@@ -176,7 +176,6 @@ impl Reader {
         let buffer = data.get_mut(start..).unwrap_or_default();
         match self.read_blocks(piece.disk, piece.blocks.clone(), buffer) {
             Ok(()) => Ok(()),
-            Err(e) if e.kind() == ErrorKind::Cancelled => Err(ReadFault { error: e, place: None }),
             Err(e) => Err(self.locate(piece, e)),
         }
     }
@@ -188,8 +187,22 @@ impl Reader {
         }
     }
 
+    /// A disk that has left the VM is no failure: the frozen epoch that had it gives up its cut,
+    /// and a live pass is tried again without it.
+    fn without_disk(&self, error: Error) -> Error {
+        match (error.kind(), self.mode) {
+            (ErrorKind::NotFound, Mode::Frozen) => error.with_kind(ErrorKind::Cancelled),
+            (ErrorKind::NotFound, Mode::Live) => error.with_kind(ErrorKind::Busy),
+            _ => error,
+        }
+    }
+
     /// Finds the first block that cannot be read.
     fn locate(&self, piece: &Piece, mut error: Error) -> ReadFault {
+        let has_no_place = |e: &Error| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::NotFound);
+        if has_no_place(&error) {
+            return ReadFault { error: self.without_disk(error), place: None };
+        }
         let mut at = piece.blocks.start;
         let mut block = vec![0; BLOCK_BYTES as usize];
         for b in piece.blocks.clone() {
@@ -198,8 +211,8 @@ impl Reader {
                 break;
             }
         }
-        if error.kind() == ErrorKind::Cancelled {
-            return ReadFault { error, place: None };
+        if has_no_place(&error) {
+            return ReadFault { error: self.without_disk(error), place: None };
         }
         let name = match self.names.get(&piece.disk) {
             Some(path) => path.display().to_string(),
@@ -257,6 +270,7 @@ mod tests {
     struct Sparse {
         data: ExtentSet,
         bad: Option<u64>,
+        is_removed: bool,
         asked: AtomicU64,
     }
 
@@ -293,6 +307,9 @@ mod tests {
         }
         fn read_live(&self, _: DiskId, blocks: Range<u64>, buffer: &mut [u8]) -> Result<()> {
             self.asked.fetch_add(1, Ordering::Relaxed);
+            if self.is_removed {
+                return Err(Error::new(ErrorKind::NotFound, "there is no such disk"));
+            }
             if self.bad.is_some_and(|b| blocks.contains(&b)) {
                 return Err(Error::io("EIO", std::io::Error::from_raw_os_error(libc::EIO)));
             }
@@ -323,7 +340,8 @@ mod tests {
     }
 
     fn sparse(data: &[Range<u64>], bad: Option<u64>) -> Arc<Sparse> {
-        Arc::new(Sparse { data: data.iter().cloned().collect(), bad, asked: AtomicU64::new(0) })
+        let data = data.iter().cloned().collect();
+        Arc::new(Sparse { data, bad, is_removed: false, asked: AtomicU64::new(0) })
     }
 
     fn parts(source: &Arc<Sparse>, mode: Mode, blocks: ExtentSet) -> Vec<Packed> {
@@ -393,5 +411,17 @@ mod tests {
         let what = fault.error.what();
         assert_eq!(what, format!("disk a.img cannot be read at offset {}", 321 * BLOCK_BYTES));
         assert!(fault.error.is_recoverable() && fault.error.next_step().is_some());
+    }
+
+    #[test]
+    fn a_disk_that_was_removed_meanwhile_is_no_final_error() {
+        for (mode, kind) in [(Mode::Frozen, ErrorKind::Cancelled), (Mode::Live, ErrorKind::Busy)] {
+            let source =
+                Arc::new(Sparse { data: ExtentSet::new(), bad: None, is_removed: true, asked: 0.into() });
+            let blocks = BlocksByDisk::from([(DISK, ExtentSet::from_iter([3..5]))]);
+            let mut reader = Reader::new(source, mode, BTreeMap::new(), blocks, 1 << 20);
+            let Err(fault) = reader.next(&AtomicBool::new(false)) else { panic!("it was read") };
+            assert_eq!((fault.error.kind(), fault.place), (kind, None));
+        }
     }
 }

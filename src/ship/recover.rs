@@ -4,9 +4,10 @@
 //! parts of the unfinished epoch are taken over: as we remember them, or as a predecessor left
 //! them. What is not known to be right is read once more.
 
-use crate::base::EpochNumber;
+use crate::base::{EpochNumber, ErrorKind};
 use crate::core::epoch::Found;
 use crate::core::ports::source::Cut;
+use crate::format::part::{PartIndex, StoredPart};
 use crate::ship::build::{self, Build};
 use crate::ship::engine::{Engine, Fault, OnVault, cut_tag};
 use crate::ship::record::{Base, BuildRecord, Committing, Verdict, judge};
@@ -142,11 +143,15 @@ impl Engine {
             record.trusted_from = stored.last().map_or(0, |p| p.name.sequence.saturating_add(1));
             record.tracking = tracking;
         }
+        let indexes = self.indexes(record.number, &stored)?;
+        if indexes.is_none() {
+            // All of it is made again, from the first part on.
+            (record.trusted_from, record.cut_at) = (0, frozen.map(|_| 0));
+            stored.clear();
+        }
         let mut build = Build::new(record);
-        for part in stored {
-            let bytes = vault.part_index(vm, record.number, &part).on_vault()?;
-            let index = build::decode_index(&bytes, &part)?;
-            build.restore(part, &index, tag);
+        for (part, index) in stored.into_iter().zip(indexes.iter().flatten()) {
+            build.restore(part, index, tag);
         }
         self.in_hand.clear();
         self.frozen_blocks.clear();
@@ -154,6 +159,25 @@ impl Engine {
         self.uncovered = self.outside.source.pending().into_keys().collect();
         self.build = Some(build);
         Ok(())
+    }
+
+    /// What the parts hold. `None`: one is damaged, and all are thrown away.
+    fn indexes(&self, epoch: EpochNumber, stored: &[StoredPart]) -> Result<Option<Vec<PartIndex>>, Fault> {
+        let (vm, vault) = (self.config.vm, &self.outside.vault);
+        let mut indexes = Vec::new();
+        for part in stored {
+            let index = vault.part_index(vm, epoch, part).and_then(|bytes| build::decode_index(&bytes, part));
+            match index {
+                Ok(index) => indexes.push(index),
+                Err(e) if e.kind() == ErrorKind::Damaged => {
+                    log::warn!("{}: the parts of epoch {epoch} are sent again: {e}", self.config.name);
+                    vault.abandon(vm, epoch).on_vault()?;
+                    return Ok(None);
+                }
+                Err(e) => return Err(e).on_vault(),
+            }
+        }
+        Ok(Some(indexes))
     }
 
     /// The number in the vault of an epoch whose cut is not older than `epoch`.

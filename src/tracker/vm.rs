@@ -144,9 +144,15 @@ impl VmTracker {
         self.shared.shm.field(VM_RECORDS).store(self.shared.word().epoch(), SeqCst);
     }
 
-    /// Lets a disk go: the next point is without it. Its HRLs are removed.
+    /// Lets a disk go: the next point is without it. Its HRLs are removed. A frozen epoch gives up
+    /// its cut, which has content of the disk that nobody can read any more.
     pub fn remove_disk(&self, id: DiskId) -> Result<()> {
         let mut book = lock(&self.book);
+        let word = self.shared.word();
+        if word.previous() == Previous::Frozen && book.entries.contains_key(&id) {
+            self.shared.announce_give_up(word.epoch() - 1, "a disk was removed", 0);
+            book.complete_give_up(word.epoch() - 1);
+        }
         let entry = book.entries.remove(&id).ok_or_else(|| unknown_disk(id))?;
         self.note_record(&book);
         self.disks.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);

@@ -119,6 +119,52 @@ fn a_give_up_is_followed_by_a_live_pass_and_another_cut_and_three_by_a_rest() {
     assert_eq!(actions(&mut m, 30, Event::TimePassed), [Action::Survey]);
 }
 
+/// Its cycles are due all the time: each give-up is followed by a pass, and three by a rest.
+#[test]
+fn an_epoch_that_keeps_giving_up_keeps_its_passes_and_rests_though_it_is_overdue() {
+    let mut m = Machine::new(s(1), false, s(0), 0);
+    actions(&mut m, 0, Event::Started);
+    actions(&mut m, 0, Event::Recovered(Found::NothingFrozen));
+    let (mut at, mut rests) = (0, 0);
+    assert_eq!(actions(&mut m, at, survey(0, 5000)), [Action::CutFinal]);
+    for give_ups in 1..=40 {
+        at += 5;
+        for (event, action) in &CUT_TO_COMMIT {
+            assert_eq!(actions(&mut m, at, *event), std::slice::from_ref(action));
+        }
+        assert_eq!(actions(&mut m, at, Event::GaveUp), [Action::ReportGaveUp(give_ups), Action::GiveUp]);
+        assert_eq!(actions(&mut m, at, Event::GivenUp), [Action::Survey]);
+        assert_eq!(actions(&mut m, at, survey(4096, 0)), [Action::Drain], "give-up {give_ups}");
+        assert_eq!(actions(&mut m, at, Event::Drained(true)), [Action::ShipLive]);
+        assert_eq!(actions(&mut m, at, Event::PassShipped { bytes_per_second: 1 }), [Action::Survey]);
+        if actions(&mut m, at, survey(0, 4096)).is_empty() {
+            assert_eq!(m.state(), State::Idle);
+            assert!(m.wake_at().unwrap() > s(at));
+            rests += 1;
+            at = m.wake_at().unwrap().as_secs() + 1;
+            assert_eq!(actions(&mut m, at, Event::TimePassed), [Action::Survey]);
+            assert_eq!(actions(&mut m, at, survey(0, 4096)), [Action::CutFinal]);
+        }
+    }
+    assert_eq!(rests, 13);
+}
+
+#[test]
+fn a_sync_after_the_survey_is_not_answered_by_it() {
+    let mut m = surveying();
+    let sync = |id| Event::SyncAsked { id, deadline: HOUR };
+    assert!(actions(&mut m, 1, sync(1)).is_empty());
+    path(&mut m, &[(Event::Surveyed(Survey::default()), Action::Renew)]);
+    assert!(actions(&mut m, 1, sync(2)).is_empty());
+    let told = actions(&mut m, 2, Event::Renewed);
+    assert_eq!(told, [Action::AnswerSync(vec![1], Answer::NoChanges), Action::Survey]);
+    path(&mut m, &[(survey(0, 1), Action::CutFinal)]);
+    path(&mut m, &CUT_TO_COMMIT);
+    path(&mut m, &[(Event::Committed, Action::Acknowledge)]);
+    let told = actions(&mut m, 3, Event::Acknowledged);
+    assert_eq!(told, [Action::AnswerSync(vec![2], Answer::Durable)]);
+}
+
 #[test]
 fn every_retry_begins_with_the_head_and_a_lost_reply_is_acknowledged() {
     let mut m = surveying();
