@@ -158,6 +158,29 @@ fn a_large_discard_gives_up_the_cut_and_nothing_is_lost() {
     rig.assert_replica_equals_disks();
 }
 
+/// A disk leaves while an epoch with its blocks is frozen: the cut is given up, not stuck.
+#[test]
+fn a_disk_that_is_removed_while_an_epoch_is_frozen_gives_up_the_cut() {
+    let mut rig = Rig::new(31, 2 << 20);
+    rig.open(BootId(1), true);
+    rig.ship_everything();
+    rig.change(40);
+    let vm = rig.vm();
+    let cut = vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
+    assert!(cut.disks.iter().any(|d| d.id == DiskId(1)));
+    let frozen = vm.drain(PATIENCE).unwrap().map(|_| vm.frozen_blocks()).unwrap();
+    vm.remove_disk(DiskId(1)).unwrap();
+    assert!(vm.has_given_up() && vm.frozen().is_none());
+    vm.give_up().unwrap();
+    let pending = vm.pending();
+    for (disk, blocks) in frozen.iter().filter(|(disk, _)| **disk != DiskId(1)) {
+        assert!(blocks.iter().all(|run| pending[disk].gaps(run).is_empty()), "disk {disk}");
+    }
+    assert!(!pending.contains_key(&DiskId(1)));
+    let next = vm.cut(CutKind::Final, &pending, PATIENCE).unwrap();
+    assert!(next.disks.iter().all(|d| d.id != DiskId(1)));
+}
+
 /// T10: a writer that is in flight at the cut grows the file after it: the size follows.
 #[test]
 fn late_growth_belongs_to_the_cut() {
