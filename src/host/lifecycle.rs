@@ -116,8 +116,11 @@ impl Engine {
             log::info!("{}: disk {}: {} ({})", vm.name(), found.id, found.label, found.reason);
         }
         for (id, mount, key) in places {
-            if let Some(disk) = tracker.disk(id) {
-                mount.attach(key, disk)?;
+            if let Some(disk) = tracker.disk(id)
+                && let Err(e) = mount.attach(key, disk)
+            {
+                self.detach_all(vm);
+                return Err(e);
             }
         }
         vm.set_running(Some(Running { tracker, shipper: None }));
