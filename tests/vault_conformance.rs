@@ -19,8 +19,11 @@ struct Subject {
     _keep: Box<dyn std::any::Any>,
 }
 
-/// Every implementation: a new, empty vault.
-const IMPLEMENTATIONS: [(&str, fn() -> Subject); 1] = [("directory", directory)];
+/// A name, and how a new, empty one is made.
+type Implementation = (&'static str, fn() -> Subject);
+
+/// Every implementation.
+const IMPLEMENTATIONS: [Implementation; 1] = [("directory", directory)];
 
 fn directory() -> Subject {
     let dir = memory_dir();

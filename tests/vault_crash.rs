@@ -16,7 +16,7 @@ use vault_support::*;
 
 /// What is done to the vault, in order.
 enum Deed {
-    Deliver(Epoch),
+    Deliver(Box<Epoch>),
     Pin(PointId),
     Delete(PointId),
 }
@@ -50,7 +50,7 @@ fn story() -> Story {
         let epoch = primary.cut();
         images.insert(epoch.point(), epoch.image.clone());
         points.push(epoch.point());
-        deeds.push(Deed::Deliver(epoch));
+        deeds.push(Deed::Deliver(Box::new(epoch)));
     }
     // The oldest; two in a row in the middle, then their neighbour; and one that is pinned stays.
     deeds.push(Deed::Pin(points[6]));
@@ -62,7 +62,7 @@ fn story() -> Story {
         primary.cut()
     };
     images.insert(epoch.point(), epoch.image.clone());
-    deeds.push(Deed::Deliver(epoch));
+    deeds.push(Deed::Deliver(Box::new(epoch)));
     deeds.push(Deed::Delete(points[5]));
     Story { deeds, images, vm }
 }

@@ -204,7 +204,7 @@ pub(super) mod tests {
         std::fs::write(state.vms().join("x.json"), b"{").unwrap();
         std::fs::write(state.vms().join("y.json"), b"{\"format\":9}").unwrap();
         let (records, errors) = VmRecord::load_all(&state).unwrap();
-        assert_eq!(records, [vm.clone()]);
+        assert_eq!(records, std::slice::from_ref(&vm));
         assert_eq!(errors.len(), 2);
         VmRecord::remove(&state, vm.id).unwrap();
         VmRecord::remove(&state, vm.id).unwrap();

@@ -1,6 +1,7 @@
 //! The vault in a folder: [`Vault`] for the shipper, [`PointStore`] for everybody who reads.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry::Vacant;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -268,11 +269,11 @@ impl Vault for DirectoryVault {
         if !is_known {
             let _purging = lock(&self.purging);
             let mut vms = lock(&self.vms);
-            if !vms.contains_key(&vm) {
+            if let Vacant(place) = vms.entry(vm) {
                 self.steps.step("register a VM")?;
                 opening::create(&self.root, vm, name)?;
                 let store = opening::open(&self.root, vm, Arc::clone(&self.clock), Arc::clone(&self.steps))?;
-                vms.insert(vm, Entry::start(Arc::new(store))?);
+                place.insert(Entry::start(Arc::new(store))?);
                 return Ok(());
             }
         }

@@ -24,7 +24,7 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 const SUM_BYTES: u64 = 8;
 /// Checksums that are looked through at once (2 MiB of disk).
 const SUMS_AT_ONCE: u64 = 512;
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Rounds up to whole blocks.
 pub(super) const fn block_end(offset: u64) -> u64 {

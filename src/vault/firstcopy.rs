@@ -14,6 +14,7 @@
 //! again. Its own blocks are nobody's, until its proof is there. All parts of the VM share one
 //! folder, whatever their epoch: the passes of a first copy may span several.
 
+use std::collections::btree_map::Entry::Vacant;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::apply::add_point;
@@ -242,9 +243,9 @@ fn write_frames(store: &VmStore, part: &PartReader<'_>, later: &BTreeMap<DiskId,
     make_dir(&store.dir.disks())?;
     store.steps.step("write a part of the first copy")?;
     for frame in part.index().frames() {
-        if !files.contains_key(&frame.disk) {
+        if let Vacant(place) = files.entry(frame.disk) {
             is_new |= !store.dir.disk(frame.disk).exists();
-            files.insert(frame.disk, DiskFile::open(&store.dir, frame.disk, true)?);
+            place.insert(DiskFile::open(&store.dir, frame.disk, true)?);
         }
         let Some(file) = files.get(&frame.disk) else { continue };
         let mine = later.get(&frame.disk).unwrap_or(&none).gaps(frame.range());

@@ -9,12 +9,15 @@ use crate::core::ports::vault::{Head, Vault, VaultSpace};
 use crate::format::manifest::Manifest;
 use crate::format::part::{PartName, PartReader, StoredPart};
 
+/// Parts of an epoch, by sequence.
+type Parts = BTreeMap<u32, (PartName, Arc<Vec<u8>>)>;
+
 /// What is durable in the vault.
 #[derive(Clone, Default)]
 pub(in crate::ship) struct Stored {
     head: Option<Head>,
     image: Image,
-    inbox: BTreeMap<EpochNumber, BTreeMap<u32, (PartName, Arc<Vec<u8>>)>>,
+    inbox: BTreeMap<EpochNumber, Parts>,
     committed: Vec<Stored>,
 }
 
