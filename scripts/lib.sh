@@ -9,7 +9,7 @@ top=$(dirname -- "$here")
 target=${CARGO_TARGET_DIR:-$top/target}
 case $target in /*) ;; *) target=$top/$target ;; esac
 
-say() { printf '%s\n' "$*"; }
+say() { printf '%s\n' "$@"; }
 
 # refuse WHAT WHY NEXT: the three lines of the product's own errors.
 refuse() {

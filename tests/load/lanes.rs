@@ -17,16 +17,15 @@ use std::time::Duration;
 use super::journal::Journal;
 use super::sector::{SECTOR, Tag};
 
-/// Streams of single writes; each has several lanes.
+/// Streams of single writes; each has several lanes. Half as many write pairs.
 const STREAMS: usize = 4;
+/// With many lanes most writes wait in a queue before the daemon sees them, so that few are both
+/// issued and done in the moment of a cut: `AFTERIMAGE_LANES=1` shows what goes wrong in one.
 const LANES_PER_STREAM: usize = 8;
-/// Lanes that write pairs.
-const PAIR_LANES: usize = 4;
-const LANES: usize = STREAMS * LANES_PER_STREAM + PAIR_LANES;
 
 /// Sectors of a block, and of the hot area at the start of a disk.
 const BLOCK: u64 = 8;
-const HOT: u64 = 128 * BLOCK;
+const HOT: u64 = 24 * BLOCK;
 const ALIGN: usize = 4096;
 
 /// A load at work. Dropping it stops it.
@@ -38,6 +37,7 @@ pub struct Load {
 struct Shared {
     journal: Arc<Journal>,
     disks: Vec<PathBuf>,
+    per_stream: usize,
     /// After an error a lane opens its disks again and goes on; else the error is the result.
     reopens: bool,
     stop: AtomicBool,
@@ -50,16 +50,19 @@ impl Load {
     /// Starts all lanes on `disks` (two, existing, of `sectors` sectors each).
     pub fn start(disks: &[PathBuf], sectors: u64, reopens: bool) -> Self {
         assert_eq!(disks.len(), 2);
+        let per_stream = crate::common::rounds("AFTERIMAGE_LANES", LANES_PER_STREAM);
+        let lanes = STREAMS * per_stream + per_stream.div_ceil(2);
         let shared = Arc::new(Shared {
-            journal: Arc::new(Journal::new(LANES, vec![sectors; disks.len()])),
+            journal: Arc::new(Journal::new(lanes, vec![sectors; disks.len()])),
             disks: disks.to_vec(),
+            per_stream,
             reopens,
             stop: AtomicBool::new(false),
             pairs: AtomicU64::new(0),
             errors: Mutex::default(),
             failed_writes: AtomicU64::new(0),
         });
-        let threads = (0..LANES)
+        let threads = (0..lanes)
             .map(|number| {
                 let shared = shared.clone();
                 let name = format!("lane {number}");
@@ -136,7 +139,8 @@ impl Lane {
 
     fn run(mut self) {
         while !self.stopped() {
-            let written = if self.number >= STREAMS * LANES_PER_STREAM { self.pair() } else { self.single() };
+            let is_pair = self.number >= STREAMS * self.shared.per_stream;
+            let written = if is_pair { self.pair() } else { self.single() };
             if let Err(why) = written {
                 self.shared.errors.lock().unwrap().push(format!("lane {}: {why}", self.number));
                 return;
@@ -164,7 +168,7 @@ impl Lane {
         let disk = u32::try_from(self.random(self.shared.disks.len() as u64)).unwrap();
         let sectors = self.shared.journal.disks[disk as usize];
         let block = self.block(sectors);
-        let (first, count) = match self.number / LANES_PER_STREAM {
+        let (first, count) = match self.number / self.shared.per_stream {
             0 => (block, BLOCK),
             1 => (block + self.random(BLOCK), 1),
             2 => ((block + 1 + self.random(BLOCK - 1)).min(sectors - BLOCK), BLOCK),
