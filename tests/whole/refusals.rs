@@ -21,9 +21,10 @@ fn refused(host: &Host, args: &[&str], code: i32, fragment: &str) {
     }
 }
 
+/// The daemon ends before its folder goes.
 struct World {
-    scratch: Scratch,
     host: Host,
+    scratch: Scratch,
 }
 
 impl World {
