@@ -12,6 +12,7 @@ pub mod extents;
 pub mod ids;
 pub mod limits;
 pub mod units;
+pub mod unmount;
 
 pub use clock::{Clock, SystemClock, Timestamp};
 pub use digest::Digest;

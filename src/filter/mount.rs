@@ -25,6 +25,7 @@ use super::node::lock;
 use super::ops::Filter;
 use super::succession::{Aside, absolute_of_dead, is_dead, without_dead};
 use crate::base::error::Context;
+use crate::base::unmount::unmount;
 use crate::base::{Error, ErrorKind, FileKey, Result};
 use crate::core::ports::names::NameWatcher;
 
@@ -230,7 +231,7 @@ impl Mount {
                 .hint(format!("umount {}", self.spec.dir.display())));
         }
         let detach = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
-        match umount2(&self.spec.dir, detach | MntFlags::UMOUNT_NOFOLLOW) {
+        match unmount(&self.spec.dir, detach | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) if lazy => Ok(()),
             Ok(()) => {
                 self.wait();

@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::base::error::Context;
+use crate::base::unmount::unmount;
 use crate::base::{Error, ErrorKind, Result};
 
 /// Event loops of a view.
@@ -154,7 +155,7 @@ impl Mountpoint {
             }
             Some(_) => {}
         }
-        umount2(&self.dir, MntFlags::UMOUNT_NOFOLLOW).context(what).map_err(|e| match e.errno() {
+        unmount(&self.dir, MntFlags::UMOUNT_NOFOLLOW).context(what).map_err(|e| match e.errno() {
             Some(libc::EBUSY) => e
                 .with_kind(ErrorKind::Busy)
                 .why("files in it are in use")
