@@ -19,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::diskfile::DiskFile;
+use super::diskfile::{DiskFile, Stored};
 use super::layout::{make_dir, remove_dir, remove_file};
 use super::plan::{DiskPlan, EpochPlan, Owner};
 use super::steps::{self, Steps};
@@ -158,18 +158,24 @@ fn take_undo(store: &VmStore, plan: &EpochPlan, log: &UndoLog) -> Result<()> {
     let mut out = LogFile::create(store, log)?;
     for d in &plan.disks {
         meta.disks.push(UndoDisk { id: d.disk.id, size: d.old_size });
+        let mut seen = Stored::default();
         for range in d.replaced().iter() {
-            save_range(&d.disk, range, &mut out)?;
+            save_range(&d.disk, &mut seen, range, &mut out)?;
         }
     }
     out.finish(store, &meta)
 }
 
-fn save_range(disk: &DiskFile, range: std::ops::Range<u64>, out: &mut LogFile) -> Result<()> {
+fn save_range(
+    disk: &DiskFile,
+    seen: &mut Stored,
+    range: std::ops::Range<u64>,
+    out: &mut LogFile,
+) -> Result<()> {
     let mut at = range.start;
     let mut buffer = Vec::new();
     while at < range.end {
-        let data = disk.next_stored(at, range.end)?;
+        let data = disk.next_stored(seen, at, range.end)?;
         let (start, end) = data.map_or((range.end, range.end), |d| (d.offset, d.end()));
         let (start, end) = (start.min(range.end), end.min(range.end));
         if at < start {

@@ -36,6 +36,42 @@ pub(super) const fn block_start(offset: u64) -> u64 {
     offset / BLOCK_BYTES * BLOCK_BYTES
 }
 
+/// What is known of where a file has data. SEEK_DATA and SEEK_HOLE walk over every extent on their
+/// way, reserved ones too: asked anew for each run of a scattered delta, they would walk over all
+/// of them each time. Good as long as nobody changes the file.
+#[derive(Default)]
+struct Seeker {
+    hole: Range<u64>,
+    /// The data after the hole; empty: there is none.
+    data: Range<u64>,
+}
+
+impl Seeker {
+    /// The first run of data at or after `offset`, in bytes.
+    fn next(&mut self, file: &File, offset: u64) -> nix::Result<Option<Range<u64>>> {
+        if !self.hole.contains(&offset) && !self.data.contains(&offset) {
+            let seek = |at: u64, whence| match lseek(file.as_fd(), at.cast_signed(), whence) {
+                Ok(found) => Ok(Some(found.cast_unsigned())),
+                Err(Errno::ENXIO) => Ok(None),
+                Err(e) => Err(e),
+            };
+            let start = seek(offset, Whence::SeekData)?;
+            let end = start.map_or(Ok(None), |start| seek(start, Whence::SeekHole))?;
+            self.hole = offset..start.unwrap_or(u64::MAX);
+            self.data = start.map_or(0..0, |start| start..end.unwrap_or(start));
+        }
+        let start = self.data.start.max(offset);
+        Ok((self.hole.end != u64::MAX).then_some(start..self.data.end))
+    }
+}
+
+/// See [`Seeker`]; of the image and of the sums of a disk.
+#[derive(Default)]
+pub(super) struct Stored {
+    image: Seeker,
+    sums: Seeker,
+}
+
 /// An open disk.
 pub(super) struct DiskFile {
     pub id: DiskId,
@@ -171,39 +207,27 @@ impl DiskFile {
             .hint("check the disks of the vault; afterimage points NAME shows older points to restore")
     }
 
-    /// The first run of data at or after `offset`, in whole blocks; `None`: only holes.
-    pub fn next_data(&self, offset: u64) -> Result<Option<Extent>> {
-        let seek = |at: u64, whence| match lseek(self.image.as_fd(), at.cast_signed(), whence) {
-            Ok(found) => Ok(Some(found.cast_unsigned())),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(e) => Err(e).context(|| self.what("look for data in")),
-        };
-        let Some(start) = seek(offset, Whence::SeekData)? else { return Ok(None) };
-        let end = seek(start, Whence::SeekHole)?.unwrap_or(start);
-        let start = block_start(start).max(block_start(offset));
-        let length = block_end(end).max(start + BLOCK_BYTES) - start;
-        Ok(Some(Extent { offset: start, length }))
-    }
-
     /// The first run of blocks at or after `offset` of which the image or, before `end`, the sums
-    /// have something: content that the image lost is found like content that it has.
-    pub fn next_stored(&self, offset: u64, end: u64) -> Result<Option<Extent>> {
-        let data = self.next_data(offset)?;
+    /// have something: content that the image lost is found like content that it has. `seen`: what
+    /// earlier calls have found out, if nobody has written to the disk since.
+    pub fn next_stored(&self, seen: &mut Stored, offset: u64, end: u64) -> Result<Option<Extent>> {
+        let data = seen.image.next(&self.image, offset).context(|| self.what("look for data in"))?;
+        let data = data.map(|data| {
+            let start = block_start(data.start).max(block_start(offset));
+            Extent { offset: start, length: block_end(data.end).max(start + BLOCK_BYTES) - start }
+        });
         let stop = data.map_or(end, |d| d.offset.min(end));
-        Ok(self.next_summed(offset..stop)?.or(data))
+        Ok(self.next_summed(&mut seen.sums, offset..stop)?.or(data))
     }
 
     /// The first run of blocks in `range` that have a checksum, or the beginning of it.
-    fn next_summed(&self, range: Range<u64>) -> Result<Option<Extent>> {
+    fn next_summed(&self, seen: &mut Seeker, range: Range<u64>) -> Result<Option<Extent>> {
         let mut at = range.start;
         while at < range.end {
             let place = at / BLOCK_BYTES * SUM_BYTES;
-            let found = match lseek(self.sums.as_fd(), place.cast_signed(), Whence::SeekData) {
-                Ok(found) => found.cast_unsigned() / SUM_BYTES * BLOCK_BYTES,
-                Err(Errno::ENXIO) => return Ok(None),
-                Err(e) => return Err(e).context(|| self.what("look for checksums of")),
-            };
-            at = at.max(found);
+            let found = seen.next(&self.sums, place).context(|| self.what("look for checksums of"))?;
+            let Some(found) = found else { return Ok(None) };
+            at = at.max(found.start / SUM_BYTES * BLOCK_BYTES);
             let count = range.end.saturating_sub(at).div_ceil(BLOCK_BYTES).min(SUMS_AT_ONCE);
             let sums = self.read_sums(at, usize::try_from(count).unwrap_or(0))?;
             if let Some(first) = sums.iter().position(|sum| *sum != 0) {

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use super::diskfile::{DiskFile, block_end, block_start};
+use super::diskfile::{DiskFile, Stored, block_end, block_start};
 use super::steps;
 use super::store::{VmStore, lock};
 use super::undolog::{Merged, Place};
@@ -191,7 +191,7 @@ impl Reader {
                 return Ok(if frame.encoding.is_empty() { Step::GoOn(stop) } else { Step::Data(at..stop) });
             }
             let stop = next.map_or(end, |(r, _)| r.start);
-            let data = file.next_stored(at, stop)?;
+            let data = file.next_stored(&mut Stored::default(), at, stop)?;
             if self.is_outdated(merged.upto) {
                 continue;
             }

@@ -1,6 +1,6 @@
 //! Every stored byte of a VM against its checksums.
 
-use super::diskfile::DiskFile;
+use super::diskfile::{DiskFile, Stored};
 use super::store::{VmStore, lock};
 use crate::base::limits::PART_BYTES_MAX;
 use crate::base::{BLOCK_BYTES, Digest, DiskId, EpochNumber, Result};
@@ -65,7 +65,7 @@ fn verify_disk(store: &VmStore, id: DiskId, found: &mut Vec<String>) -> Result<(
     };
     let mut at = 0;
     let mut buffer = Vec::new();
-    while let Some(run) = disk.next_stored(at, u64::MAX)? {
+    while let Some(run) = disk.next_stored(&mut Stored::default(), at, u64::MAX)? {
         let mut offset = run.offset;
         while offset < run.end() {
             let length = (run.end() - offset).min(PIECE_BYTES);
