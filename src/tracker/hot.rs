@@ -20,6 +20,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::regions::Regions;
 use super::sync::lock;
@@ -375,6 +376,9 @@ impl Writer {
             .open(&path)
             .context(what)?;
         file.write_all_at(&bytes, 0).and_then(|()| file.sync_all()).context(what)?;
+        // Out of the page cache, which holds it in large pieces: a piece is written again, or at
+        // least counted as written, whole for each record. Page by page it comes back.
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         sync_dir(&self.dir)?;
         self.generation.store(generation, SeqCst);
         self.file = Some(OpenFile { file, header, offset, sequence, bytes: bytes.len() as u64 });
