@@ -19,6 +19,12 @@ pub fn lock_memory() -> Result<()> {
     sys::lock_memory().context(|| "the memory of the daemon cannot be locked")
 }
 
+/// Memory that is not used goes back to the kernel: what a burst of deliveries needed does not stay
+/// locked for ever.
+pub fn return_unused_memory() -> Result<()> {
+    sys::return_large_buffers().context(|| "the allocator of the daemon cannot be limited")
+}
+
 /// Raises the limit of open descriptors to what the kernel allows. Returns the limit.
 pub fn raise_descriptor_limit() -> Result<u64> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};

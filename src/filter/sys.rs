@@ -290,3 +290,24 @@ pub(super) fn lock_memory() -> Result<()> {
     // SAFETY: plain flags.
     Errno::result(unsafe { libc::mlockall(flags) }).map(drop)
 }
+
+/// Large buffers go back to the kernel when they are freed. glibc would raise both limits by
+/// itself with each one that is freed, in every arena, up to 64 MiB apiece.
+#[cfg(target_env = "gnu")]
+pub(super) fn return_large_buffers() -> Result<()> {
+    const MMAP_FROM_BYTES: libc::c_int = 256 << 10;
+    const KEEP_BYTES: libc::c_int = 1 << 20;
+    for (limit, bytes) in [(libc::M_MMAP_THRESHOLD, MMAP_FROM_BYTES), (libc::M_TRIM_THRESHOLD, KEEP_BYTES)] {
+        // SAFETY: sets a number of the allocator; called before the first thread.
+        if unsafe { libc::mallopt(limit, bytes) } == 0 {
+            return Err(Errno::EINVAL);
+        }
+    }
+    Ok(())
+}
+
+/// Other allocators have no such limits.
+#[cfg(not(target_env = "gnu"))]
+pub(super) fn return_large_buffers() -> Result<()> {
+    Ok(())
+}

@@ -85,6 +85,7 @@ fn start_log(config: &Config, verbose: u8) {
 /// Before the first thread, which inherits it: never wait for memory that needs the mount.
 fn prepare_process() {
     for (what, result) in [
+        ("unused memory is kept", memory::return_unused_memory()),
         ("memory is not locked", memory::lock_memory()),
         ("not marked as an I/O flusher", memory::become_io_flusher()),
         ("few files can be open", memory::raise_descriptor_limit().map(drop)),
