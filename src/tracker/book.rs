@@ -197,8 +197,11 @@ impl Entry {
         self.sync_hrls()
     }
 
-    /// Everything up to an acknowledged epoch is forgotten: HRLs and pending blocks.
+    /// Everything up to an acknowledged epoch is forgotten: HRLs and pending blocks. That one of
+    /// them said "whole" is forgotten durably: with a name that comes back after a power cut, the
+    /// disk would ship whole once more.
     pub(crate) fn forget_upto(&mut self, epoch: u64) {
+        let was_whole = self.whole_at(epoch).is_some();
         for files in [&mut self.hrls, &mut self.retired] {
             files.retain(|h| {
                 if h.epoch <= epoch {
@@ -206,6 +209,10 @@ impl Entry {
                 }
                 h.epoch > epoch
             });
+        }
+        let folder = lock(&self.disk.place).folder.clone();
+        if was_whole && let Err(e) = folder.sync_all() {
+            log::warn!("the folder of disk {} cannot be synced: {e}", self.disk.path().display());
         }
         self.pending.retain(|e, _| *e > epoch);
         self.unlogged.retain(|e| *e > epoch);
