@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::mounts;
 use super::out::{Out, plain};
 use super::reach::Reach;
-use super::text::{ago, bytes, count, duration, local};
+use super::text::{ago, brief, bytes, count, duration, local};
 use crate::base::{Result, Timestamp};
 use crate::host::api::types::*;
 
@@ -150,6 +150,12 @@ fn vm_details(out: &Out, vm: &VmStatus, now: Timestamp) -> String {
         text += &e.why.as_ref().map(|w| format!("    why: {w}\n")).unwrap_or_default();
         text += &e.hint.as_ref().map(|h| format!("    next: {h}\n")).unwrap_or_default();
     }
+    if let Some(delay) = vm.tracking_delay.filter(|d| d.writes > 0) {
+        let [p99, max] = [delay.p99_ns, delay.max_ns].map(|ns| brief(Duration::from_nanos(ns)));
+        let writes = count(delay.writes, "write");
+        text +=
+            &format!("  tracking held up 99 % of {writes} for less than {p99}, none for longer than {max}\n");
+    }
     let text = plain(&text);
     let rows: Vec<Vec<String>> = vm.disks.iter().map(disk_row).collect();
     let header =
@@ -221,6 +227,7 @@ mod tests {
             "target": "embedded", "policy": "30s", "interval_ms": 1000, "disks": [disk],
             "current_as_of": Timestamp(now.0 - 22_000), "points": 3, "epoch": 4,
             "next_cycle": Timestamp(now.0 + 3_000),
+            "tracking_delay": { "writes": 1234, "median_ns": 300, "p99_ns": 2_400, "max_ns": 1_900_000 },
         });
         StatusReport {
             schema: STATUS_SCHEMA.into(),
@@ -261,6 +268,8 @@ not protected: /vm/b.raw (afterimage protect NAME --disk FILE)
         let out = Out { json: false, yes: false, terminal: false };
         let text = words(&out, &report(), true);
         assert!(text.contains("every 1 s"), "{text}");
+        let delay = "tracking held up 99 % of 1234 writes for less than 2.4 µs, none for longer than 1.9 ms";
+        assert!(text.contains(delay), "{text}");
         let row = text.lines().find(|l| l.starts_with("/vm/a.raw")).unwrap();
         let cells: Vec<&str> = row.split("  ").map(str::trim).filter(|c| !c.is_empty()).collect();
         assert_eq!(cells[2..], ["1.0 GiB", "4.0 KiB", "0 B", "0 B", "8.0 KiB", "2", "0 B", "0 regions"]);

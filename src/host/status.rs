@@ -18,6 +18,7 @@ use crate::core::ports::source::{DiskFigures, Source};
 use crate::core::ports::vault::Vault;
 use crate::machine::image::{self, ImageFormat};
 use crate::ship::{ShipState, ShipStatus};
+use crate::tracker::LatencyFigures;
 
 /// What is dear to find out is told again for so long.
 const CACHE_AGE_MAX: Duration = Duration::from_secs(10);
@@ -150,6 +151,7 @@ impl Engine {
             let see = vm.target.path.display();
             reasons.push(format!("the vault does not take everything: {why}; look at {see}: df -h {see}"));
         }
+        let delay = running.as_ref().map(|r| delay_of(&r.tracker.latency()));
         let current_as_of = shipping.as_ref().and_then(|s| s.current_as_of);
         let failure = shipping.as_ref().and_then(|s| s.failure.clone());
         VmStatus {
@@ -166,6 +168,7 @@ impl Engine {
             epoch: shipping.as_ref().and_then(|s| s.last_delivered).map(|d| d.epoch.next()),
             points: points.len() as u64,
             newest_point: points.last().map(|p| p.id),
+            tracking_delay: delay,
             next_cycle: shipping.as_ref().and_then(|s| s.next_attempt.or(s.next_cycle)),
             shipping: shipping.as_ref().and_then(transfer),
             backlog_epochs: vm.target.backlog(vm.id).map_or(0, |(epochs, _)| epochs),
@@ -304,6 +307,15 @@ fn state_of(
             VmState::ResynchronizationRequired
         }
         Some(_) => VmState::Replicating,
+    }
+}
+
+fn delay_of(latency: &LatencyFigures) -> TrackingDelay {
+    TrackingDelay {
+        writes: latency.count(),
+        median_ns: latency.percentile(50),
+        p99_ns: latency.percentile(99),
+        max_ns: latency.max_ns,
     }
 }
 

@@ -75,5 +75,10 @@ mod tests {
         let (buckets, max) = h.read();
         assert_eq!(buckets.iter().map(|b| b.1).sum::<u64>(), 101);
         assert_eq!((buckets.len(), max), (2, 1_000_000));
+        let figures = crate::tracker::LatencyFigures { buckets, max_ns: max };
+        assert_eq!(figures.count(), 101);
+        assert!((1000..1200).contains(&figures.percentile(99)), "{figures:?}");
+        assert_eq!(figures.percentile(100), 1_000_000);
+        assert_eq!(crate::tracker::LatencyFigures::default().percentile(99), 0);
     }
 }

@@ -482,6 +482,23 @@ pub struct VmStatus {
     /// When that was.
     #[serde(default)]
     pub last_error_at: Option<Timestamp>,
+    /// What tracking costs its writes, since the daemon started.
+    #[serde(default)]
+    pub tracking_delay: Option<TrackingDelay>,
+}
+
+/// How long writes were held up because they are tracked: marking, cuts, preserving; without the
+/// activation of cold regions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrackingDelay {
+    /// Number of writes.
+    pub writes: u64,
+    /// Half of them less than this, in nanoseconds.
+    pub median_ns: u64,
+    /// 99 % of them less than this, in nanoseconds.
+    pub p99_ns: u64,
+    /// The longest, in nanoseconds.
+    pub max_ns: u64,
 }
 
 /// Bytes on their way.
