@@ -4,12 +4,14 @@
 //! - [`Host`]: one daemon with a state folder of its own, and the command line that speaks to it;
 //! - [`Volume`]: a file system on a loop device;
 //! - [`Guest`]: QEMU on the small guest of `scripts/guest`, [`Qmp`]: its monitor;
+//! - [`Injection`]: system calls of a daemon that fail, or at which it is killed;
 //! - [`Watchdog`]: names a test that hangs, and ends its daemon so that the test ends too.
 //!
 //! Only processes that were started here are ended, each by its id.
 
 mod guest;
 mod host;
+mod injection;
 mod qmp;
 mod scratch;
 mod volume;
@@ -17,6 +19,7 @@ mod watchdog;
 
 pub use guest::Guest;
 pub use host::Host;
+pub use injection::Injection;
 pub use qmp::Qmp;
 pub use scratch::{Scratch, unmount};
 pub use volume::{Kind, Volume};

@@ -7,10 +7,10 @@ use std::path::Path;
 
 use crate::common::{Host, Kind, Scratch, Volume, rounds, run, sparse, text, wait_until};
 
-const BYTES: u64 = 24 << 20;
+pub const BYTES: u64 = 24 << 20;
 
 /// Overwrites `count` blocks, each with its own content; every write must succeed.
-fn overwrite(disk: &File, seed: u64, count: u64) {
+pub fn overwrite(disk: &File, seed: u64, count: u64) {
     for n in 0..count {
         let block = (n * 7 + seed * 3) % (BYTES / 4096);
         let content = blake3::hash(&(seed << 32 | n).to_le_bytes());
@@ -19,7 +19,7 @@ fn overwrite(disk: &File, seed: u64, count: u64) {
     }
 }
 
-fn open(path: &Path) -> File {
+pub fn open(path: &Path) -> File {
     OpenOptions::new().read(true).write(true).open(path).unwrap()
 }
 
@@ -41,7 +41,7 @@ fn is_well(host: &Host) -> bool {
 }
 
 /// The newest point, made after everything is well again, equals the disk.
-fn catches_up(host: &Host, scratch: &Scratch, lower: &Path) {
+pub fn catches_up(host: &Host, scratch: &Scratch, lower: &Path) {
     wait_until("replication to catch up by itself", || {
         host.try_run(&["sync", "web1", "--wait", "--timeout", "20s"]).code == 0
     });

@@ -12,6 +12,7 @@ mod load;
 mod cuts;
 mod full;
 mod guest;
+mod injected;
 mod kills;
 mod loops;
 mod power;
