@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::base::{EpochNumber, Timestamp};
+use crate::format::vaultstate::ClockState;
 
 /// Keep rules of a policy. Default: all of the last 2 hours, 24 hourly, 7 daily.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -97,39 +98,72 @@ impl Buckets {
 ///
 /// A jump back of more than two minutes, or forward of more than a day, is implausible. Deletion is
 /// suspended for a day of monotonic time, in which an operator can see the warning and set the clock.
+///
+/// Only run time proves that time has passed: a point that arrives after a jump has the wrong time
+/// too. So the time seen last and what is left of a suspension are saved ([`ClockState`]), and each
+/// run goes on from there. What if that is not saved, by a kill or for want of room? What was saved
+/// before is from before the jump, so the next run sees the jump again.
 #[derive(Clone, Copy, Debug)]
 pub struct ClockGuard {
+    /// The clocks at the last look.
     wall: Timestamp,
     monotonic: Duration,
-    suspended_until: Option<Duration>,
+    /// Run time that is left of a suspension.
+    suspended: Duration,
+    /// From when on (monotonic) the state is to be saved.
+    save_at: Duration,
 }
 
 /// Largest plausible step back.
-const STEP_BACK_SECONDS_MAX: u64 = 120;
+const STEP_BACK_MAX: Duration = Duration::from_secs(120);
 /// Largest plausible step forward.
-const STEP_FORWARD_SECONDS_MAX: u64 = 24 * 3600;
+const STEP_FORWARD_MAX: Duration = Duration::from_secs(24 * 3600);
 /// How long deletion is suspended.
-const SUSPENDED_SECONDS: u64 = 24 * 3600;
+const SUSPENDED: Duration = Duration::from_secs(24 * 3600);
+/// How long at least if the next run finds another step forward.
+const SUSPENDED_AGAIN_MIN: Duration = Duration::from_secs(3600);
+/// The state is saved so often; more often while it counts run time, which a kill would lose.
+const SAVE_EVERY: Duration = Duration::from_secs(3600);
+const SAVE_SUSPENDED_EVERY: Duration = Duration::from_secs(60);
 
 impl ClockGuard {
-    /// A guard that believes `wall` at `monotonic`.
-    pub const fn new(wall: Timestamp, monotonic: Duration) -> Self {
-        Self { wall, monotonic, suspended_until: None }
+    /// A guard that goes on from what was saved. `None`: nothing is known, so nothing is believed.
+    pub fn resume(saved: Option<&ClockState>, wall: Timestamp, monotonic: Duration) -> Self {
+        let mut guard = Self { wall, monotonic, suspended: SUSPENDED, save_at: monotonic };
+        let Some(saved) = saved else { return guard };
+        let left = Duration::from_secs(saved.suspended_seconds).min(SUSPENDED);
+        (guard.wall, guard.suspended) = (saved.seen, left);
+        guard.observe(wall, monotonic);
+        // Most likely the host was off. If that began the day anew, a host that is on for a few
+        // hours a week would never drop a point.
+        if !left.is_zero() && wall.since(saved.seen) > STEP_FORWARD_MAX {
+            guard.suspended = left.max(SUSPENDED_AGAIN_MIN);
+        }
+        guard
     }
 
     /// Looks at both clocks. `false`: nothing may be deleted now.
     pub fn observe(&mut self, wall: Timestamp, monotonic: Duration) -> bool {
-        let expected = self.wall.plus(monotonic.saturating_sub(self.monotonic));
-        let is_back = expected.since(wall) > Duration::from_secs(STEP_BACK_SECONDS_MAX);
-        let is_forward = wall.since(expected) > Duration::from_secs(STEP_FORWARD_SECONDS_MAX);
-        if is_back || is_forward {
-            self.suspended_until = Some(monotonic + Duration::from_secs(SUSPENDED_SECONDS));
+        let passed = monotonic.saturating_sub(self.monotonic);
+        let expected = self.wall.plus(passed);
+        if expected.since(wall) > STEP_BACK_MAX || wall.since(expected) > STEP_FORWARD_MAX {
+            (self.suspended, self.save_at) = (SUSPENDED, monotonic);
+        } else {
+            self.suspended = self.suspended.saturating_sub(passed);
         }
         (self.wall, self.monotonic) = (wall, monotonic);
-        if self.suspended_until.is_some_and(|until| monotonic >= until) {
-            self.suspended_until = None;
+        self.suspended.is_zero()
+    }
+
+    /// What the next run must know, if it is time to save it: at the first look, at once after a
+    /// jump, and now and then.
+    pub fn to_save(&mut self) -> Option<ClockState> {
+        if self.monotonic < self.save_at {
+            return None;
         }
-        self.suspended_until.is_none()
+        let every = if self.suspended.is_zero() { SAVE_EVERY } else { SAVE_SUSPENDED_EVERY };
+        self.save_at = self.monotonic + every;
+        Some(ClockState::new(self.wall, self.suspended))
     }
 }
 
@@ -165,15 +199,100 @@ mod tests {
         assert!(expired(&points, &keep, Timestamp(0)).is_empty());
     }
 
+    const DAY: i64 = 24 * HOUR;
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    /// What was saved at `wall` of a run that believed the clock.
+    fn believed(wall: i64) -> ClockState {
+        ClockState::new(Timestamp(wall), Duration::ZERO)
+    }
+
+    /// A run from `wall` on that looks every 15 seconds; whether something may be deleted at its
+    /// end, and what is saved then.
+    fn run(saved: &ClockState, wall: i64, length: u64) -> (bool, ClockState) {
+        let mut guard = ClockGuard::resume(Some(saved), Timestamp(wall), seconds(5));
+        let (mut is_plausible, mut saved) = (false, *saved);
+        for passed in (0..=length).step_by(15) {
+            is_plausible = guard.observe(Timestamp(wall).plus(seconds(passed)), seconds(5 + passed));
+            saved = guard.to_save().unwrap_or(saved);
+        }
+        (is_plausible, saved)
+    }
+
     #[test]
     fn a_jump_suspends_deletion_for_a_day() {
-        let mut guard = ClockGuard::new(Timestamp(0), Duration::ZERO);
+        let mut guard = ClockGuard::resume(Some(&believed(0)), Timestamp(0), Duration::ZERO);
         let day = Duration::from_secs(86_400);
         assert!(guard.observe(Timestamp(5000), Duration::from_secs(5)));
-        assert!(!guard.observe(Timestamp(30 * 24 * HOUR), Duration::from_secs(6)));
-        assert!(!guard.observe(Timestamp(30 * 24 * HOUR + 1000), Duration::from_secs(7)));
-        assert!(guard.observe(Timestamp(31 * 24 * HOUR), Duration::from_secs(6) + day));
-        assert!(!guard.observe(Timestamp(30 * 24 * HOUR), Duration::from_secs(7) + day));
+        assert!(!guard.observe(Timestamp(30 * DAY), Duration::from_secs(6)));
+        assert!(!guard.observe(Timestamp(30 * DAY + 1000), Duration::from_secs(7)));
+        assert!(guard.observe(Timestamp(31 * DAY), Duration::from_secs(6) + day));
+        assert!(!guard.observe(Timestamp(30 * DAY), Duration::from_secs(7) + day));
+    }
+
+    #[test]
+    fn a_jump_is_remembered_and_only_run_time_ends_it() {
+        let mut guard = ClockGuard::resume(Some(&believed(0)), Timestamp(0), seconds(0));
+        guard.observe(Timestamp(400 * DAY), seconds(1));
+        let saved = guard.to_save().unwrap();
+        assert_eq!(saved, ClockState::new(Timestamp(400 * DAY), SUSPENDED));
+        // Off for 20 hours: plausible, and no run time.
+        let (is_plausible, saved) = run(&saved, 400 * DAY + 20 * HOUR, 10 * 3600);
+        assert!(!is_plausible);
+        assert_eq!(saved.suspended_seconds, 14 * 3600);
+        let (is_plausible, saved) = run(&saved, 401 * DAY + 8 * HOUR, 14 * 3600 - 15);
+        assert!(!is_plausible);
+        assert!(run(&saved, 402 * DAY, 120).0);
+        // Somebody set it right while nothing ran: a step back begins the day anew.
+        assert_eq!(run(&saved, 2 * DAY, 0).1.suspended_seconds, 24 * 3600);
+    }
+
+    #[test]
+    fn a_jump_that_was_not_saved_is_seen_again_and_nothing_known_is_nothing_believed() {
+        let mut guard = ClockGuard::resume(Some(&believed(0)), Timestamp(0), seconds(0));
+        assert!(!guard.observe(Timestamp(400 * DAY), seconds(1)));
+        assert!(!run(&believed(0), 400 * DAY + HOUR, 23 * 3600).0);
+        assert!(run(&believed(0), 400 * DAY + HOUR, 24 * 3600).0);
+        let mut guard = ClockGuard::resume(None, Timestamp(5), seconds(7));
+        assert_eq!(guard.to_save(), Some(ClockState::new(Timestamp(5), SUSPENDED)));
+        assert!(!guard.observe(Timestamp(5), seconds(7)));
+        assert!(guard.observe(Timestamp(5 + DAY), seconds(7 + 86_400)));
+    }
+
+    #[test]
+    fn a_host_that_was_off_drops_nothing_at_once_and_is_not_suspended_for_ever() {
+        // Four hours each Saturday.
+        let mut saved = believed(0);
+        let mut weeks = 0;
+        while weeks < 10 {
+            weeks += 1;
+            let (is_plausible, next) = run(&saved, weeks * 7 * DAY, 4 * 3600);
+            saved = next;
+            if is_plausible {
+                break;
+            }
+        }
+        assert_eq!(weeks, 6);
+        // However little is left, another jump gives an hour, and no more than a day is believed.
+        let left = ClockState::new(Timestamp(0), seconds(1));
+        assert!(!run(&left, 400 * DAY, 3585).0 && run(&left, 400 * DAY, 3600).0);
+        assert!(run(&ClockState::new(Timestamp(0), Duration::MAX), HOUR, 24 * 3600).0);
+    }
+
+    #[test]
+    fn a_jump_is_saved_at_once_and_the_rest_now_and_then() {
+        let mut guard = ClockGuard::resume(Some(&believed(0)), Timestamp(0), seconds(0));
+        let mut look = |wall: i64, passed| {
+            guard.observe(Timestamp(wall).plus(seconds(passed)), seconds(passed));
+            guard.to_save().is_some()
+        };
+        assert!(look(0, 0));
+        assert!(!look(0, 3599) && look(0, 3600) && !look(0, 3615));
+        assert!(look(40 * DAY, 3630) && !look(40 * DAY, 3645));
+        assert!(look(40 * DAY, 3690) && !look(40 * DAY, 3705));
     }
 
     fn points() -> impl Strategy<Value = Vec<KeptPoint>> {

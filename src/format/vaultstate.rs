@@ -1,4 +1,4 @@
-//! The vault's own documents: `vault.json`, `state.json`, and the stored manifest.
+//! The vault's own documents: `vault.json`, `state.json`, `clock.json`, and the stored manifest.
 //!
 //! `state.json` is what publishes everything: a point exists if and only if it is named there. It
 //! is replaced once per applied epoch, so it must not grow with the number of points: consecutive
@@ -13,6 +13,9 @@
 //! A stored manifest is one line of JSON (when it arrived, and its digest), a newline, and then
 //! exactly the bytes that were committed.
 
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::Manifest;
@@ -56,11 +59,67 @@ pub struct VmState {
     pub pinned: Vec<EpochNumber>,
 }
 
+/// `clock.json`: how far the clock of the vault is believed (A4), sealed like `state.json`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClockState {
+    /// [`VAULT_FORMAT`].
+    pub format: u32,
+    /// The wall clock when this was written.
+    pub seen: Timestamp,
+    /// Run time for which retention drops nothing yet.
+    pub suspended_seconds: u64,
+}
+
+impl ClockState {
+    /// Seen at `seen`, with so much left of a suspension: whole seconds, never less.
+    pub fn new(seen: Timestamp, suspended: Duration) -> Self {
+        let suspended_seconds = suspended.as_secs().saturating_add(u64::from(suspended.subsec_nanos() > 0));
+        Self { format: VAULT_FORMAT, seen, suspended_seconds }
+    }
+
+    /// The bytes of `clock.json`.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        seal(self)
+    }
+
+    /// Reads `clock.json`.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        unseal("clock.json", bytes)
+    }
+}
+
+/// A document and its digest, so that a flipped bit is noticed.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Sealed {
-    state: VmState,
+struct Sealed<T> {
+    state: T,
     digest: Digest,
+}
+
+fn seal<T: Serialize>(state: &T) -> Result<Vec<u8>> {
+    let digest = Digest::of(&to_json(state)?);
+    to_json(&Sealed { state, digest })
+}
+
+fn unseal<T: Serialize + DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
+    let outer: Outer = from_json(what, bytes)?;
+    check_format(what, outer.state.format)?;
+    let sealed: Sealed<T> = from_json(what, bytes)?;
+    if Digest::of(&to_json(&sealed.state)?) != sealed.digest {
+        return Err(damaged(what, "it does not match its digest"));
+    }
+    Ok(sealed.state)
+}
+
+/// As much of a sealed document as every version has.
+#[derive(Deserialize)]
+struct Outer {
+    state: VaultFile,
+}
+
+fn damaged(what: &str, why: &str) -> Error {
+    Error::new(ErrorKind::Damaged, format!("{what} cannot be read")).why(why)
 }
 
 impl Default for VmState {
@@ -91,28 +150,16 @@ impl VmState {
 
     /// The bytes of `state.json`.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let digest = Digest::of(&to_json(self)?);
-        to_json(&Sealed { state: self.clone(), digest })
+        seal(self)
     }
 
     /// Reads `state.json`.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Outer {
-            state: VaultFile,
-        }
-        let outer: Outer = from_json("state.json", bytes)?;
-        check_format("state.json", outer.state.format)?;
-        let sealed: Sealed = from_json("state.json", bytes)?;
-        let damaged = |why: &str| Error::new(ErrorKind::Damaged, "state.json cannot be read").why(why);
-        if Digest::of(&to_json(&sealed.state)?) != sealed.digest {
-            return Err(damaged("it does not match its digest"));
-        }
-        let state = sealed.state;
+        let state: Self = unseal("state.json", bytes)?;
         let ordered = state.points.iter().all(|(a, b)| a <= b) && state.points.is_sorted_by(|a, b| a.1 < b.0);
         let newest = state.points.last().map(|p| p.1);
         if !ordered || newest != state.applied.map(|h| h.epoch.0) {
-            return Err(damaged("its points are not in order"));
+            return Err(damaged("state.json", "its points are not in order"));
         }
         Ok(state)
     }
@@ -146,8 +193,7 @@ impl StoredManifest {
 
     /// Reads the file; the manifest must have the digest that the first line names.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let damaged =
-            |why: &str| Error::new(ErrorKind::Damaged, "the stored manifest cannot be read").why(why);
+        let damaged = |why: &str| damaged("the stored manifest", why);
         let at = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("it has no first line"))?;
         let (first, rest) = bytes.split_at(at);
         let body = rest.get(1..).unwrap_or_default();
@@ -206,5 +252,18 @@ mod tests {
         assert_eq!(VmState::decode(flipped.as_bytes()).unwrap_err().kind(), ErrorKind::Damaged);
         let newer = text.replace("\"format\":1", "\"format\":2");
         assert_eq!(VmState::decode(newer.as_bytes()).unwrap_err().kind(), ErrorKind::Version);
+    }
+    #[test]
+    fn the_clock_is_sealed_too() {
+        let clock = ClockState::new(Timestamp(1_700_000_000_000), Duration::from_millis(86_399_001));
+        assert_eq!(clock.suspended_seconds, 86_400);
+        let bytes = clock.encode().unwrap();
+        assert_eq!(ClockState::decode(&bytes).unwrap(), clock);
+        let text = String::from_utf8(bytes).unwrap();
+        let kind = |text: &str| ClockState::decode(text.as_bytes()).unwrap_err().kind();
+        assert_eq!(kind(&text.replace("86400", "6400")), ErrorKind::Damaged);
+        assert_eq!(kind(&text.replace("2023", "2024")), ErrorKind::Damaged);
+        assert_eq!(kind(&text.replace("\"format\":1", "\"format\":2")), ErrorKind::Version);
+        assert_eq!(kind(&text[..30]), ErrorKind::Damaged);
     }
 }

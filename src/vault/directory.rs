@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::clock::{self, WatchedClock};
 use super::layout::{VmDir, bytes_below, make_dir, names, remove_dir};
 use super::steps::Steps;
 use super::store::{Shared, VmStore, lock};
@@ -20,7 +21,7 @@ use crate::base::error::Context;
 use crate::base::{Clock, EpochNumber, Error, ErrorKind, PointId, Result, Timestamp, VmId, VmName};
 use crate::core::ports::points::{PointInfo, PointReader, PointStore, StoredVm};
 use crate::core::ports::vault::{Head, Vault, VaultSpace};
-use crate::core::retention::{ClockGuard, Keep, KeptPoint, expired};
+use crate::core::retention::{Keep, KeptPoint, expired};
 use crate::format::manifest::Manifest;
 use crate::format::part::{PartName, StoredPart};
 use crate::format::vaultstate::{VAULT_FORMAT, VaultFile, check_format, from_json, to_json};
@@ -35,7 +36,7 @@ pub struct DirectoryVault {
     broken: Mutex<BTreeMap<VmId, Error>>,
     /// Held while a VM is purged: it is registered anew only when its folder is gone. Before `vms`.
     purging: Mutex<()>,
-    guard: Mutex<ClockGuard>,
+    watched: WatchedClock,
     // Held for life: the lock goes with the descriptor.
     lock: Flock<File>,
 }
@@ -57,11 +58,11 @@ impl DirectoryVault {
     /// [`Self::open`] for tests that stop the vault at one of its steps.
     #[doc(hidden)]
     pub fn open_with(path: &Path, clock: Arc<dyn Clock>, steps: Arc<Steps>) -> Result<Arc<Self>> {
-        let lock = claim(path)?;
+        let lock = claim(path, &*clock)?;
+        let watched = WatchedClock::open(path, Arc::clone(&clock), Arc::clone(&steps));
         let vms = path.join("vms");
         let mut entries = BTreeMap::new();
         let mut broken = BTreeMap::new();
-        let mut newest = None;
         for name in names(&vms)? {
             if name.starts_with(".new-") || name.starts_with(".purged-") {
                 remove_dir(&vms.join(&name))?;
@@ -75,15 +76,12 @@ impl DirectoryVault {
                         continue;
                     }
                 };
-                newest = newest.max(self::lock(&store.shared).points.last().map(|p| p.info.arrived));
                 entries.insert(id, Entry::start(Arc::new(store))?);
             }
         }
-        // The clock is believed as far as it continues the newest arrival (A4).
-        let guard = ClockGuard::new(newest.unwrap_or_else(|| clock.now()), clock.monotonic());
         let root = path.to_owned();
-        let (vms, broken, guard) = (Mutex::new(entries), Mutex::new(broken), Mutex::new(guard));
-        Ok(Arc::new(Self { root, clock, steps, vms, broken, purging: Mutex::new(()), guard, lock }))
+        let (vms, broken) = (Mutex::new(entries), Mutex::new(broken));
+        Ok(Arc::new(Self { root, clock, steps, vms, broken, purging: Mutex::new(()), watched, lock }))
     }
 
     /// Its folder.
@@ -175,12 +173,6 @@ impl DirectoryVault {
         Err(Error::new(e.kind(), e.what()).why(e.reason().unwrap_or_default()).hint(hint))
     }
 
-    /// Whether the clock can be trusted for deletion (A4).
-    fn is_clock_plausible(&self) -> bool {
-        let mut guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.observe(self.clock.now(), self.clock.monotonic())
-    }
-
     /// Changes `vm.json`.
     fn change_file(&self, vm: VmId, change: impl FnOnce(&mut super::layout::VmFile)) -> Result<()> {
         let store = self.store(vm)?;
@@ -197,7 +189,7 @@ impl DirectoryVault {
 }
 
 /// Takes the folder for this process; makes it if there is none.
-fn claim(path: &Path) -> Result<Flock<File>> {
+fn claim(path: &Path, clock: &dyn Clock) -> Result<Flock<File>> {
     let what = || format!("cannot open vault {}", path.display());
     let is_new = !path.exists();
     std::fs::create_dir_all(path).context(what)?;
@@ -227,6 +219,7 @@ fn claim(path: &Path) -> Result<Flock<File>> {
     make_dir(&path.join("vms"))?;
     if version.is_none() {
         write_atomic(&path.join("vault.json"), &to_json(&VaultFile { format: VAULT_FORMAT })?)?;
+        clock::create(path, clock)?;
     }
     Ok(lock)
 }
@@ -297,7 +290,7 @@ impl Vault for DirectoryVault {
     }
 
     fn commit(&self, vm: VmId, manifest: &Manifest) -> Result<Head> {
-        self.is_clock_plausible();
+        self.watched.is_plausible();
         inbox::commit(&*self.store(vm)?, manifest)
     }
 
@@ -407,10 +400,6 @@ impl PointStore for DirectoryVault {
 
     fn expire(&self, vm: VmId) -> Result<Vec<PointId>> {
         let store = self.store(vm)?;
-        if !self.is_clock_plausible() {
-            log::warn!("VM {vm}: the clock jumped; no point is dropped for a day");
-            return Ok(Vec::new());
-        }
         let (points, keep): (Vec<KeptPoint>, Keep) = {
             let shared = lock(&store.shared);
             let kept = shared.points.iter().map(|p| KeptPoint {
@@ -421,6 +410,11 @@ impl PointStore for DirectoryVault {
             });
             (kept.collect(), shared.file.keep)
         };
+        // After the list was made: no point in it arrived after a jump that this does not see.
+        if !self.watched.is_plausible() {
+            log::warn!("VM {vm}: the clock jumped; no point is dropped until it was plausible for a day");
+            return Ok(Vec::new());
+        }
         let gone = expired(&points, &keep, self.clock.now());
         if gone.is_empty() { Ok(Vec::new()) } else { expire::drop_points(&store, &gone) }
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! VAULT/vault.json                       format version
+//! VAULT/clock.json                       how far the clock is believed (format::vaultstate, A4)
 //! VAULT/lock                             flock, held for life
 //! VAULT/vms/UUID/vm.json                 name, keep rules
 //!                state.json              what is published (format::vaultstate)

@@ -9,7 +9,7 @@
 //! | what it changes is worked out | `plan` | later parts win |
 //! | what it replaces is saved, then it is applied | `apply`, `undolog` | A1 |
 //! | it is a point: read while newer ones are applied | `reader` | A2 |
-//! | points expire | `expire`, `core::retention` | A4 |
+//! | points expire | `expire`, `clock`, `core::retention` | A4 |
 //! | after a kill or power cut | `opening` | what `state.json` does not name never was |
 //! | every byte is verified | `diskfile`, `verify` | 8 bytes of checksum a block |
 //!
@@ -18,6 +18,7 @@
 //! published: points stay readable, and the apply is repeated once there is room.
 
 mod apply;
+mod clock;
 mod directory;
 mod diskfile;
 mod expire;

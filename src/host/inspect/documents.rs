@@ -9,11 +9,12 @@ use crate::base::durable::read_limited;
 use crate::base::limits::DOCUMENT_BYTES_MAX;
 use crate::base::{Digest, Error, ErrorKind, Result};
 use crate::format::manifest::Manifest;
-use crate::format::vaultstate::VmState;
+use crate::format::vaultstate::{ClockState, VmState};
 
-/// Documents by the keys that only they have.
-const DOCUMENT_CASES: [(&str, &[&str]); 8] = [
+/// Documents by the keys that only they have; a key within another one is a path.
+const DOCUMENT_CASES: [(&str, &[&str]); 9] = [
     (MANIFEST, &["parent", "parts", "disks", "cut_time"]),
+    (CLOCK, &["state/seen", "digest"]),
     (STATE, &["state", "digest"]),
     ("configuration of a VM", &["format", "vm"]),
     ("remembered mounts", &["format", "mounts"]),
@@ -23,6 +24,7 @@ const DOCUMENT_CASES: [(&str, &[&str]); 8] = [
     ("a document of afterimage", &["format"]),
 ];
 const MANIFEST: &str = "manifest of an epoch";
+const CLOCK: &str = "clock of a vault";
 const STATE: &str = "state of a VM in a vault";
 /// Version of every document that says it only by its member `format`.
 const DOCUMENT_FORMAT: u64 = 1;
@@ -40,7 +42,7 @@ pub(super) fn inspect(path: &Path, first: &[u8]) -> Result<Option<Inspection>> {
         Ok(value) => value,
         Err(e) => return torn(path, &bytes, &e).map(Some),
     };
-    let has = |key: &&str| value.get(*key).is_some();
+    let has = |key: &&str| value.pointer(&format!("/{key}")).is_some();
     let Some((kind, _)) = DOCUMENT_CASES.iter().find(|(_, keys)| keys.iter().all(has)) else {
         return Ok(None);
     };
@@ -49,12 +51,15 @@ pub(super) fn inspect(path: &Path, first: &[u8]) -> Result<Option<Inspection>> {
     }
     check_format(path, &value)?;
     let mut out = Inspection::new(path, *kind);
-    if *kind == STATE {
-        match VmState::decode(&bytes) {
-            Err(e) if e.kind() == ErrorKind::Version => return Err(e),
-            Err(e) => out.damage(e.to_string()),
-            Ok(_) => {}
-        }
+    let sealed = match *kind {
+        STATE => VmState::decode(&bytes).map(drop),
+        CLOCK => ClockState::decode(&bytes).map(drop),
+        _ => Ok(()),
+    };
+    match sealed {
+        Err(e) if e.kind() == ErrorKind::Version => return Err(e),
+        Err(e) => out.damage(e.to_string()),
+        Ok(()) => {}
     }
     lines(&mut out, &value, 0);
     out.report(&value)?;

@@ -197,6 +197,21 @@ fn the_state_of_a_vm_is_sealed() {
 }
 
 #[test]
+fn the_clock_of_a_vault_is_sealed() {
+    use crate::format::vaultstate::ClockState;
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ClockState::new(Timestamp(1_700_000_000_000), std::time::Duration::from_secs(86_400));
+    let text = String::from_utf8(clock.encode().unwrap()).unwrap();
+    let good = inspect(&file(&dir, text.as_bytes())).unwrap();
+    assert!(good.healthy && good.kind == "clock of a vault", "{good:?}");
+    assert!(good.words.iter().any(|w| w.contains("suspended_seconds: 86400")), "{good:?}");
+    let flipped = text.replace("86400", "0");
+    assert!(!inspect(&file(&dir, flipped.as_bytes())).unwrap().healthy);
+    let newer = text.replace("\"format\":1", "\"format\":2");
+    assert_eq!(inspect(&file(&dir, newer.as_bytes())).unwrap_err().kind(), ErrorKind::Version);
+}
+
+#[test]
 fn the_map_of_a_clone_counts_its_blocks() {
     use crate::format::overlay::{OVERLAY_BITMAP_OFFSET, OverlayHeader};
     let dir = tempfile::tempdir().unwrap();
