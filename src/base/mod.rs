@@ -1,9 +1,11 @@
 //! Units, extents, ids, limits, clock, digest, errors: what every layer speaks in.
 //!
 //! Nothing here knows a disk format, a thread or a socket. [`durable`] holds the few
-//! file-system idioms (atomic replace, directory sync) that several edges need.
+//! file-system idioms (atomic replace, directory sync) that several edges need; [`mountinfo`],
+//! [`unmount`] and [`dead`] what those need who mount; [`shell`] writes paths into hints.
 
 pub mod clock;
+pub mod dead;
 pub mod digest;
 pub mod durable;
 pub mod error;
@@ -11,6 +13,8 @@ pub mod extent_map;
 pub mod extents;
 pub mod ids;
 pub mod limits;
+pub mod mountinfo;
+pub mod shell;
 pub mod units;
 pub mod unmount;
 

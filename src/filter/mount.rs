@@ -14,20 +14,26 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::adapter::Adapter;
 use super::holders::{Holder, files_below, holders_of_device, holders_of_files};
 use super::lower::LowerFile;
-use super::mountinfo::{MOUNT_TYPE, clear_dead_mount, refuse_shared, top_mount};
 use super::node::lock;
 use super::ops::Filter;
-use super::succession::{Aside, absolute_of_dead, is_dead, without_dead};
+use super::shared::refuse_shared;
+use super::succession::{Aside, clear_dead_mount, is_dead, without_dead};
+use crate::base::dead::absolute_of_dead;
 use crate::base::error::Context;
-use crate::base::unmount::unmount;
+use crate::base::mountinfo::top_mount;
+use crate::base::shell::shell;
+use crate::base::unmount::{detach, unmount};
 use crate::base::{Error, ErrorKind, FileKey, Result};
 use crate::core::ports::names::NameWatcher;
+
+/// The type that our mounts have.
+pub const MOUNT_TYPE: &str = "fuse.afterimage";
 
 /// Event loops of one mount. More than cores, since each waits for the lower file system.
 const LOOPS: usize = 8;
@@ -157,7 +163,7 @@ impl Mount {
             if !is_dead(directory) && top_mount(directory)?.is_some_and(|m| m.kind == MOUNT_TYPE) {
                 return Err(Error::new(ErrorKind::Exists, what())
                     .why(format!("a filter is mounted over {} already", directory.display()))
-                    .hint(format!("afterimage umount {}", directory.display())));
+                    .hint(format!("afterimage umount {}", shell(directory))));
             }
         }
         if let Err(e) = super::memory::raise_descriptor_limit() {
@@ -228,10 +234,10 @@ impl Mount {
         if top_mount(&self.spec.dir)?.is_none_or(|top| top.device != self.device) {
             return Err(Error::new(ErrorKind::Refused, what())
                 .why("something else is mounted over it")
-                .hint(format!("umount {}", self.spec.dir.display())));
+                .hint(format!("umount {}", shell(&self.spec.dir))));
         }
-        let detach = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
-        match unmount(&self.spec.dir, detach | MntFlags::UMOUNT_NOFOLLOW) {
+        let removed = if lazy { detach(&self.spec.dir) } else { unmount(&self.spec.dir) };
+        match removed {
             Ok(()) if lazy => Ok(()),
             Ok(()) => {
                 self.wait();
@@ -326,7 +332,7 @@ impl Prepared {
         mount(Some(&self.spec.source), place, Some(MOUNT_TYPE), flags, Some(data.as_str())).context(what)?;
         let state = Arc::new(State::default());
         if let Err(e) = serve(&self.filter, fuse, &self.spec.dir, state.clone()) {
-            let _ = umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+            let _ = detach(place);
             return Err(e);
         }
         Ok(state)

@@ -17,31 +17,29 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::statfs::statfs;
 
-use super::mountinfo::{MOUNT_TYPE, top_mount};
+use super::mount::MOUNT_TYPE;
 use super::sys;
+use crate::base::dead;
 use crate::base::error::Context;
+use crate::base::unmount::detach;
 use crate::base::{Error, ErrorKind, Result};
 
-/// Dead mounts that are stacked on one directory, at most.
-const STACKED_MAX: usize = 1024;
-
-/// Whether a mount of ours over `directory` is there and nobody serves it.
-pub(super) fn is_dead(directory: &Path) -> bool {
-    statfs(directory).err() == Some(Errno::ENOTCONN)
-        && top_mount(directory).is_ok_and(|top| top.is_some_and(|m| m.kind == MOUNT_TYPE))
+fn is_filter(kind: &str) -> bool {
+    kind == MOUNT_TYPE
 }
 
-/// The absolute path of a directory whose mount is dead: its last name is no link.
-pub(super) fn absolute_of_dead(directory: &Path) -> Result<PathBuf> {
-    let what = || format!("the directory {} cannot be opened", directory.display());
-    let (Some(parent), Some(name)) = (directory.parent(), directory.file_name()) else {
-        return Err(Error::new(ErrorKind::Usage, what()).why("it has no name"));
-    };
-    Ok(parent.canonicalize().context(what)?.join(name))
+/// Whether a filter is mounted over `directory` and nobody serves it.
+pub(super) fn is_dead(directory: &Path) -> bool {
+    dead::is_dead(directory, is_filter).unwrap_or(false)
+}
+
+/// Removes filters over `directory` (absolute, without links) whose daemon is dead. How many
+/// there were; a mount that is alive stays. An error if one cannot be removed.
+pub fn clear_dead_mount(directory: &Path) -> Result<usize> {
+    dead::clear_dead(directory, is_filter)
 }
 
 /// Does `work` where the dead mounts over `directories` are not.
@@ -55,12 +53,7 @@ pub(super) fn without_dead<T: Send>(
         let everything = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, everything, None::<&str>).context(what)?;
         for directory in directories {
-            for _ in 0..STACKED_MAX {
-                if statfs(*directory).err() != Some(Errno::ENOTCONN) {
-                    break;
-                }
-                umount2(*directory, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).context(what)?;
-            }
+            clear_dead_mount(directory)?;
         }
         work()
     };
@@ -104,19 +97,14 @@ impl Aside {
             Err(Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EPERM) => return Ok(false),
             Err(e) => return Err(Error::io(what(), e.into())),
         }
-        for _ in 0..STACKED_MAX {
-            if statfs(directory).err() != Some(Errno::ENOTCONN) {
-                break;
-            }
-            umount2(directory, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).context(what)?;
-        }
+        clear_dead_mount(directory)?;
         Ok(true)
     }
 }
 
 impl Drop for Aside {
     fn drop(&mut self) {
-        let _ = umount2(&self.0, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        let _ = detach(&self.0);
         let _ = std::fs::remove_dir(&self.0);
     }
 }

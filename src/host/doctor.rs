@@ -4,8 +4,6 @@
 //! by anybody (what only root can see is said to be unknown). A check that hangs (a dead mount)
 //! is given up after two seconds and is itself the finding.
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::channel;
@@ -16,7 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use super::state::StateDir;
 use crate::base::limits::IMAGE_FREE_BYTES_MIN;
+use crate::base::mountinfo::{self, Mount, mount_of};
 use crate::base::{Clock, Timestamp};
+use crate::filter::MOUNT_TYPE;
 
 /// The state folder needs this much room: maps, logs, database, in bytes.
 const STATE_FREE_BYTES_MIN: u64 = 1 << 30;
@@ -85,11 +85,11 @@ pub fn examine(patient: &Patient<'_>, clock: &dyn Clock) -> Vec<Finding> {
     all.push(clock_sane(clock));
     all.extend(clock_synchronised());
     all.push(shared_memory());
-    let mounts = mount_table(&std::fs::read("/proc/self/mountinfo").unwrap_or_default());
+    let mounts = mountinfo::mounts().unwrap_or_default();
     all.push(state_folder(patient, &mounts));
     all.extend(patient.vaults.iter().map(|v| vault(v, patient, &mounts)));
     all.extend(patient.images.iter().flat_map(|i| images(i, &mounts)));
-    all.extend(mounts.iter().filter(|m| m.kind == "fuse.afterimage").map(mount_alive));
+    all.extend(mounts.iter().filter(|m| m.kind == MOUNT_TYPE).map(mount_alive));
     all.push(libvirt());
     all.extend(apparmor(&patient.images));
     all.extend(selinux());
@@ -203,7 +203,7 @@ fn state_folder(patient: &Patient<'_>, mounts: &[Mount]) -> Finding {
     let root = existing(patient.state.root());
     let shown = patient.state.root().display();
     let below = mount_of(mounts, &root);
-    if below.is_some_and(|m| m.kind == "fuse.afterimage") {
+    if below.is_some_and(|m| m.kind == MOUNT_TYPE) {
         let text = format!("{shown} lies on a disk of a mount: the daemon would wait for itself");
         return Finding::new(name, Level::Problem, text).fix("afterimage --state ANOTHER-DIR ...");
     }
@@ -216,16 +216,16 @@ fn state_folder(patient: &Patient<'_>, mounts: &[Mount]) -> Finding {
 
 fn vault(dir: &Path, patient: &Patient<'_>, mounts: &[Mount]) -> Finding {
     let root = existing(dir);
-    if mount_of(mounts, &root).is_some_and(|m| m.kind == "fuse.afterimage") {
+    if mount_of(mounts, &root).is_some_and(|m| m.kind == MOUNT_TYPE) {
         let text = format!("{} lies on a disk of a mount", dir.display());
         return Finding::new("vault", Level::Problem, text)
             .fix("afterimage protect NAME ... --to ANOTHER-DIR");
     }
-    let device = |p: &Path| mount_of(mounts, &existing(p)).map(|m| m.device.clone());
+    let device = |p: &Path| mount_of(mounts, &existing(p)).map(|m| m.device);
     let shared: Vec<String> = patient
         .images
         .iter()
-        .filter(|i| lower_device(mounts, i) == device(dir) && device(dir).is_some())
+        .filter(|i| lower_mount(mounts, i).map(|m| m.device) == device(dir) && device(dir).is_some())
         .map(|i| i.display().to_string())
         .collect();
     let low = room("vault", &root, STATE_FREE_BYTES_MIN);
@@ -249,8 +249,7 @@ fn images(dir: &Path, mounts: &[Mount]) -> Vec<Finding> {
         ];
     }
     let mut all = Vec::new();
-    let lower = mounts.iter().rev().find(|m| dir.starts_with(&m.dir) && m.kind != "fuse.afterimage");
-    if let Some(m) = lower
+    if let Some(m) = lower_mount(mounts, dir)
         && SHARED.contains(&m.kind.as_str())
     {
         let text = format!("{} is on {}, which other hosts may write to", dir.display(), m.kind);
@@ -265,13 +264,13 @@ fn images(dir: &Path, mounts: &[Mount]) -> Vec<Finding> {
 }
 
 fn mount_alive(mount: &Mount) -> Finding {
-    let dir = mount.dir.clone();
+    let dir = mount.point.clone();
     let (said, heard) = channel();
     // Not joined: on a mount that hangs it never ends.
     let looking = std::thread::Builder::new().name("doctor".to_owned()).spawn(move || {
         let _ = said.send(std::fs::metadata(&dir).map(drop));
     });
-    let shown = mount.dir.display();
+    let shown = mount.point.display();
     let answer = looking.ok().and_then(|_| heard.recv_timeout(LOOK_PATIENCE).ok());
     match answer {
         Some(Ok(())) => Finding::new("mount", Level::Ok, format!("{shown} answers")),
@@ -350,57 +349,9 @@ fn boot(patient: &Patient<'_>) -> Option<Finding> {
     })
 }
 
-/// One line of the kernel's mount table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Mount {
-    device: String,
-    dir: PathBuf,
-    kind: String,
-}
-
-fn mount_table(mountinfo: &[u8]) -> Vec<Mount> {
-    let text = String::from_utf8_lossy(mountinfo);
-    text.lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ');
-            let device = fields.nth(2)?.to_owned();
-            let dir = unescape(fields.nth(1)?);
-            let mut rest = fields.skip_while(|f| *f != "-");
-            Some(Mount { device, dir, kind: rest.nth(1)?.to_owned() })
-        })
-        .collect()
-}
-
-/// `\040` and its like as the bytes that they stand for.
-fn unescape(text: &str) -> PathBuf {
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while let Some(&byte) = bytes.get(at) {
-        let octal = bytes.get(at + 1..at + 4).and_then(|d| std::str::from_utf8(d).ok());
-        match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
-            Some(value) if byte == b'\\' => {
-                out.push(value);
-                at += 4;
-            }
-            _ => {
-                out.push(byte);
-                at += 1;
-            }
-        }
-    }
-    PathBuf::from(OsString::from_vec(out))
-}
-
-/// The mount that shows `path`: the last of those with the longest directory.
-fn mount_of<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
-    mounts.iter().filter(|m| path.starts_with(&m.dir)).max_by_key(|m| m.dir.as_os_str().len())
-}
-
-/// The device below our own mounts.
-fn lower_device(mounts: &[Mount], path: &Path) -> Option<String> {
-    let others = mounts.iter().filter(|m| m.kind != "fuse.afterimage" && path.starts_with(&m.dir));
-    others.max_by_key(|m| m.dir.as_os_str().len()).map(|m| m.device.clone())
+/// The mount that shows `path` below our own mounts.
+fn lower_mount<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    mount_of(mounts.iter().filter(|m| m.kind != MOUNT_TYPE), path)
 }
 
 /// `path`, or the nearest folder above it that exists, without links.
@@ -452,16 +403,12 @@ mod tests {
     }
 
     #[test]
-    fn the_mount_table_is_read_with_its_escapes() {
-        let text = b"36 35 98:0 / / rw - ext4 /dev/root rw\n\
-                     40 36 0:44 / /vm\\040a rw,nosuid shared:1 - fuse.afterimage afterimage rw\n";
-        let mounts = mount_table(text);
-        assert_eq!(mounts.len(), 2);
-        assert_eq!(mounts[1].dir, PathBuf::from("/vm a"));
-        assert_eq!(mount_of(&mounts, Path::new("/vm a/x")).unwrap().kind, "fuse.afterimage");
-        assert_eq!(lower_device(&mounts, Path::new("/vm a/x")).unwrap(), "98:0");
-        assert_eq!(mount_of(&mounts, Path::new("/vm")).unwrap().kind, "ext4");
-        assert!(mount_table(b"garbage\n\n1 2 3").is_empty());
+    fn our_own_mounts_are_looked_through() {
+        let mount =
+            |device, point: &str, kind: &str| Mount { device, point: point.into(), kind: kind.into() };
+        let mounts = [mount(1, "/", "ext4"), mount(2, "/vm", MOUNT_TYPE)];
+        assert_eq!(mount_of(&mounts, Path::new("/vm/x")).unwrap().device, 2);
+        assert_eq!(lower_mount(&mounts, Path::new("/vm/x")).unwrap().device, 1);
     }
 
     #[test]

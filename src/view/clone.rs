@@ -24,13 +24,14 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::clone_fs::CloneFs;
-use super::mountpoint::{Kind, Mountpoint, Owner, shell};
+use super::mountpoint::{Kind, Mountpoint, Owner};
 use super::overlay::OverlayDisk;
 use super::overlay_sync::{create_disk, file_names};
 use super::reading::{Opened, errno_of};
 use crate::base::durable::{read_limited, sync_dir, sync_parent, write_atomic};
 use crate::base::error::Context;
 use crate::base::limits::DOCUMENT_BYTES_MAX;
+use crate::base::shell::shell;
 use crate::base::{Clock, DiskId, Error, ErrorKind, PointId, Result, SystemClock, Timestamp};
 use crate::core::ports::points::{PointDisk, PointReader};
 

@@ -6,24 +6,25 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use fuser::{Config, Filesystem, Session, SessionACL};
-use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 
+use crate::base::dead::{self, absolute_of_dead, is_disconnected};
 use crate::base::error::Context;
-use crate::base::unmount::unmount;
+use crate::base::mountinfo::{mounts_on, top_mount};
+use crate::base::shell::shell;
+use crate::base::unmount::{detach, unmount};
 use crate::base::{Error, ErrorKind, Result};
 
 /// Event loops of a view.
 const THREADS: usize = 4;
-/// Every file-system type of ours begins so.
-const TYPE_PREFIX: &str = "fuse.afterimage";
+/// The file-system type of every view begins so; that of the filter does not.
+const TYPE_PREFIX: &str = "fuse.afterimage-";
 /// Threads of a removed mount end within so long, unless another mount namespace keeps it.
 const END_SECONDS_MAX: u64 = 10;
 
@@ -77,9 +78,9 @@ impl Mountpoint {
                 .why("it is no folder")
                 .hint("name an empty folder"));
         }
-        if let Some(mounted) = mounted_on(&dir)? {
+        if let Some(mounted) = top_mount(&dir)? {
             return Err(Error::new(ErrorKind::Exists, what())
-                .why(format!("a file system of type {mounted} is mounted there already"))
+                .why(format!("a file system of type {} is mounted there already", mounted.kind))
                 .hint(format!("umount {}", shell(&dir))));
         }
         if dir.read_dir().context(what)?.next().is_some() {
@@ -142,7 +143,7 @@ impl Mountpoint {
             return Ok(());
         }
         let here = mounts_on(&self.dir)?;
-        match here.iter().position(|(device, _)| *device == self.device) {
+        match here.iter().position(|m| m.device == self.device) {
             // Removed from outside a moment ago.
             None => {
                 self.wait_for_end();
@@ -155,7 +156,7 @@ impl Mountpoint {
             }
             Some(_) => {}
         }
-        unmount(&self.dir, MntFlags::UMOUNT_NOFOLLOW).context(what).map_err(|e| match e.errno() {
+        unmount(&self.dir).context(what).map_err(|e| match e.errno() {
             Some(libc::EBUSY) => e
                 .with_kind(ErrorKind::Busy)
                 .why("files in it are in use")
@@ -192,7 +193,7 @@ struct Detach<'a>(&'a Path);
 
 impl Drop for Detach<'_> {
     fn drop(&mut self) {
-        if let Err(e) = umount2(self.0, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        if let Err(e) = detach(self.0) {
             log::warn!("{} stays mounted: {e}", self.0.display());
         }
     }
@@ -216,96 +217,23 @@ fn serve<F: Filesystem>(
     Ok(())
 }
 
-/// Takes dead mounts of ours off `dir`: their daemon was killed, every call gives ENOTCONN.
-/// Asked by statfs, because the kernel answers a stat from its cache for a while.
+/// Takes dead views off `dir`. A dead filter is not taken off: that would bare the images below it.
 fn clear_dead(dir: &Path) -> Result<()> {
-    let what = || format!("cannot mount on {}", dir.display());
-    let real = match (dir.parent().and_then(|p| p.canonicalize().ok()), dir.file_name()) {
-        (Some(parent), Some(name)) => parent.join(name),
-        _ => dir.to_owned(),
-    };
-    while let Some(mounted) = mounted_on(&real)? {
-        let is_dead = nix::sys::statfs::statfs(&real).err() == Some(Errno::ENOTCONN);
-        match (is_dead, mounted.starts_with(TYPE_PREFIX)) {
-            (false, _) => return Ok(()),
-            (true, true) => {
-                umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).context(what)?;
-                log::info!("cleared the dead mount on {}", dir.display());
-            }
-            (true, false) => {
-                return Err(Error::new(ErrorKind::Refused, what())
-                    .why("a file system is mounted there whose process has died")
-                    .hint(format!("umount -l {}", shell(dir))));
-            }
-        }
+    let real = absolute_of_dead(dir).unwrap_or_else(|_| dir.to_owned());
+    if dead::clear_dead(&real, |kind| kind.starts_with(TYPE_PREFIX))? > 0 {
+        log::info!("cleared the dead mount on {}", dir.display());
     }
-    Ok(())
-}
-
-/// The file systems mounted on exactly this folder, the one on top last: device and type.
-fn mounts_on(dir: &Path) -> Result<Vec<(u64, String)>> {
-    let table = std::fs::read("/proc/self/mountinfo").context(|| "cannot read /proc/self/mountinfo")?;
-    let lines = table.split(|b| *b == b'\n').filter_map(|line| {
-        let mut fields = line.split(|b| *b == b' ');
-        let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
-        let device = nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?);
-        let mount_point = unescape(fields.nth(1)?);
-        let kind = fields.skip_while(|f| *f != b"-").nth(1)?;
-        let is_here = mount_point == dir.as_os_str().as_bytes();
-        is_here.then(|| (device, String::from_utf8_lossy(kind).into_owned()))
-    });
-    Ok(lines.collect())
-}
-
-/// Type of the file system on top of those mounted on exactly this folder.
-fn mounted_on(dir: &Path) -> Result<Option<String>> {
-    Ok(mounts_on(dir)?.pop().map(|(_, kind)| kind))
-}
-
-/// Undoes the `\040` of mountinfo.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, tail)) = rest.split_first() {
-        let octal = (*first == b'\\')
-            .then(|| tail.get(..3))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match octal {
-            Some(byte) => {
-                out.push(byte);
-                rest = tail.get(3..).unwrap_or_default();
-            }
-            None => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
+    if top_mount(&real)?.is_none() || !is_disconnected(&real) {
+        return Ok(());
     }
-    out
-}
-
-/// A path as one word of a shell command.
-pub(super) fn shell(path: &Path) -> String {
-    let text = path.display().to_string();
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
-    match !text.is_empty() && text.chars().all(plain) {
-        true => text,
-        false => format!("'{}'", text.replace('\'', r"'\''")),
-    }
+    Err(Error::new(ErrorKind::Refused, format!("cannot mount on {}", dir.display()))
+        .why("a file system is mounted there whose process has died")
+        .hint(format!("name another folder, or, if nothing needs it: umount -l {}", shell(dir))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn escapes_of_mountinfo_and_of_the_shell() {
-        assert_eq!(unescape(br"/a\040b\134c"), br"/a b\c");
-        assert_eq!(unescape(br"/a\04"), br"/a\04");
-        assert_eq!(shell(Path::new("/a-b/c")), "/a-b/c");
-        assert_eq!(shell(Path::new("/a b'c")), r"'/a b'\''c'");
-    }
 
     #[test]
     fn folders_that_cannot_take_a_view() {

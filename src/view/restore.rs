@@ -21,12 +21,12 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::Serialize;
 
-use super::mountpoint::shell;
 use super::restore_backing::settle_backing;
 use super::restore_copy::{copy_disk, data_bytes};
 use super::tree::{definition_path, inside};
 use crate::base::durable::sync_dir;
 use crate::base::error::Context;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, PointId, Result};
 use crate::core::ports::points::PointReader;
 
