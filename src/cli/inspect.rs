@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use super::out::{Out, plain};
 use super::reach::Reach;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, Result};
 use crate::host::api::types::FlushRequest;
 use crate::host::inspect::{INSPECT_SCHEMA, Inspection, hrl_vm, inspect as read};
@@ -27,7 +28,7 @@ fn more(e: Error, file: &Path) -> Error {
     match e.kind() {
         ErrorKind::NotFound => Error::new(ErrorKind::NotFound, e.what().to_owned())
             .why("there is no such file; ours are hidden in the mounted view, look in the lower directory")
-            .hint(format!("ls -la {}", file.parent().unwrap_or(Path::new(".")).display())),
+            .hint(format!("ls -la {}", shell(file.parent().unwrap_or(Path::new("."))))),
         _ => e,
     }
 }

@@ -10,6 +10,7 @@ use super::out::Out;
 use super::reach::Reach;
 use super::text::{ago, bytes, local};
 use super::when::{now, point_spec};
+use crate::base::shell::shell;
 use crate::base::{Clock, Result, SystemClock};
 use crate::format::manifest::{Consistency, EpochKind};
 use crate::host::api::types::*;
@@ -72,7 +73,11 @@ pub fn point(out: &Out, reach: &Reach, command: PointCommand) -> Result<()> {
             let dir = absolute(&dir)?;
             let reply = reach.needed()?.call(&PointMountRequest { dir: dir.clone() })?;
             done(out, &reply, || {
-                format!("points are at {0}/NAME/POINT; end it: afterimage point umount {0}", dir.display())
+                format!(
+                    "points are at {0}/NAME/POINT; end it: afterimage point umount {1}",
+                    dir.display(),
+                    shell(&dir)
+                )
             })
         }
         PointCommand::Umount { dir } => {
@@ -85,9 +90,10 @@ pub fn point(out: &Out, reach: &Reach, command: PointCommand) -> Result<()> {
             let reply = reach.needed()?.call(&request)?;
             out.answer("afterimage.clone/1", &reply, || {
                 format!(
-                    "a writable clone of point {} is at {1}; drop it: afterimage point umount {1}",
+                    "a writable clone of point {} is at {1}; drop it: afterimage point umount {2}",
                     reply.point.id,
-                    reply.dir.display()
+                    reply.dir.display(),
+                    shell(&reply.dir)
                 )
             })
         }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::base::error::Context;
+use crate::base::shell::shell;
 use crate::base::{Clock, Error, ErrorKind, Result, SystemClock};
 use crate::host::api::Client;
 use crate::host::state::{STATE_DIR_DEFAULT, StateDir};
@@ -88,7 +89,7 @@ impl Reach {
         if self.state.root() == Path::new(STATE_DIR_DEFAULT) {
             return "afterimage".to_owned();
         }
-        format!("afterimage --state {}", self.state.root().display())
+        format!("afterimage --state {}", shell(self.state.root()))
     }
 
     fn start(&self, client: Client) -> Result<Client> {

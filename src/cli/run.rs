@@ -13,6 +13,7 @@ use super::reach::Reach;
 use super::report::{report, usage};
 use super::{daemon, helper, journal, mounts, points, status, vms};
 use crate::base::error::Context;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, Result};
 
 /// Runs the command of this process's arguments.
@@ -106,9 +107,9 @@ fn man(out: &Out, dir: Option<&Path>) -> Result<()> {
     if !dir.is_dir() {
         return Err(Error::new(ErrorKind::NotFound, format!("{} is no directory", dir.display()))
             .why("the manual pages are written into a directory that exists")
-            .hint(format!("mkdir -p {0} && afterimage man {0}", dir.display())));
+            .hint(format!("mkdir -p {0} && afterimage man {0}", shell(dir))));
     }
     clap_mangen::generate_to(Cli::command(), dir)
         .context(|| format!("cannot write the manual pages into {}", dir.display()))?;
-    out.line(&format!("the manual pages are in {0}; read one: man {0}/afterimage.1", dir.display()))
+    out.line(&format!("the manual pages are in {0}; read one: man {0}/afterimage.1", shell(dir)))
 }

@@ -8,6 +8,7 @@ use super::engine::{Engine, no_vm};
 use super::policies::{check_interval, policy};
 use super::records::Phase;
 use super::vm::Vm;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, Result, VmId};
 use crate::core::ports::points::PointStore;
 use crate::core::ports::vault::Vault;
@@ -321,7 +322,7 @@ impl Engine {
             None => Ok(()),
             Some(dir) => Err(Error::new(ErrorKind::Refused, "its points cannot be removed")
                 .why(format!("a clone of one is in {}", dir.display()))
-                .hint(format!("afterimage point umount {}", dir.display()))),
+                .hint(format!("afterimage point umount {}", shell(dir)))),
         }
     }
 

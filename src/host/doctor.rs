@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::state::StateDir;
 use crate::base::limits::IMAGE_FREE_BYTES_MIN;
 use crate::base::mountinfo::{self, Mount, mount_of};
+use crate::base::shell::shell;
 use crate::base::{Clock, Timestamp};
 use crate::filter::MOUNT_TYPE;
 
@@ -255,7 +256,7 @@ fn images(dir: &Path, mounts: &[Mount]) -> Vec<Finding> {
         let text = format!("{} is on {}, which other hosts may write to", dir.display(), m.kind);
         all.push(
             Finding::new(name, Level::Problem, text)
-                .fix(format!("if no other host does: afterimage mount {} --single-host", dir.display())),
+                .fix(format!("if no other host does: afterimage mount {} --single-host", shell(dir))),
         );
     }
     let least = space(dir).map_or(0, |(_, total)| (total / 20).max(IMAGE_FREE_BYTES_MIN));
@@ -274,8 +275,9 @@ fn mount_alive(mount: &Mount) -> Finding {
     let answer = looking.ok().and_then(|_| heard.recv_timeout(LOOK_PATIENCE).ok());
     match answer {
         Some(Ok(())) => Finding::new("mount", Level::Ok, format!("{shown} answers")),
-        Some(Err(e)) => Finding::new("mount", Level::Problem, format!("{shown} is a dead mount: {e}"))
-            .fix(format!("afterimage start; if it is not wanted any more: umount -l {shown}")),
+        Some(Err(e)) => Finding::new("mount", Level::Problem, format!("{shown} is a dead mount: {e}")).fix(
+            format!("afterimage start; if it is not wanted any more: umount -l {}", shell(&mount.point)),
+        ),
         None => Finding::new("mount", Level::Problem, format!("{shown} does not answer"))
             .fix("afterimage status; journalctl -u afterimage"),
     }
@@ -316,8 +318,8 @@ fn apparmor(images: &[PathBuf]) -> Vec<Finding> {
         .map(|dir| {
             let text = format!("libvirt's helper may not read images in {}", dir.display());
             Finding::new(name, Level::Note, text).fix(format!(
-                "echo '  {}/** r,' >> {local} && apparmor_parser -r /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper",
-                dir.display()
+                "echo {} >> {local} && apparmor_parser -r /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper",
+                shell(Path::new(&format!("  {}/** r,", dir.display())))
             ))
         })
         .collect()
@@ -371,14 +373,14 @@ fn room(check: &str, dir: &Path, least: u64) -> Finding {
     match space(dir) {
         Some((free, _)) if free < least => {
             let text = format!("{shown} has {} free; {} are needed", human(free), human(least));
-            Finding::new(check, Level::Problem, text).fix(format!("make room: df -h {shown}"))
+            Finding::new(check, Level::Problem, text).fix(format!("make room: df -h {}", shell(dir)))
         }
         Some((free, total)) => {
             let text = format!("{shown} has {} of {} free", human(free), human(total));
             Finding::new(check, Level::Ok, text)
         }
         None => Finding::new(check, Level::Problem, format!("{shown} cannot be looked at"))
-            .fix(format!("stat {shown}")),
+            .fix(format!("stat {}", shell(dir))),
     }
 }
 

@@ -7,6 +7,7 @@ use super::engine::Engine;
 use super::membership::{enter, is_gone};
 use super::records::{DiskRecord, Phase};
 use super::vm::{Running, Vm};
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, Result, Timestamp, VmId};
 use crate::core::health::{Failure, GIVE_UPS_ALERT};
 use crate::core::ports::points::PointStore;
@@ -269,5 +270,5 @@ impl Engine {
 fn not_mounted(vm: &Vm, disk: &DiskRecord) -> Error {
     Error::new(ErrorKind::DiskMissing, format!("VM {} cannot run", vm.name()))
         .why(format!("{} is not mounted", disk.mount.display()))
-        .hint(format!("afterimage mount {}", disk.mount.display()))
+        .hint(format!("afterimage mount {}", shell(&disk.mount)))
 }

@@ -23,6 +23,7 @@ use super::storage;
 use super::vm::Vm;
 use crate::base::durable::{read_limited, write_atomic};
 use crate::base::limits::DOCUMENT_BYTES_MAX;
+use crate::base::shell::shell;
 use crate::base::{DiskId, Error, ErrorKind, FileKey, Result};
 use crate::core::ports::tracking::TrackedDisk;
 use crate::filter::{Filter, Holder, LowerFile, Mount, MountSpec, Prepared};
@@ -198,7 +199,7 @@ impl Mounts {
             let file: File = serde_json::from_slice(&bytes).map_err(|e| {
                 Error::new(ErrorKind::Damaged, format!("cannot read {}", path.display()))
                     .source(e)
-                    .hint(format!("remove it, start the daemon and mount again: rm {}", path.display()))
+                    .hint(format!("remove it, start the daemon and mount again: rm {}", shell(&path)))
             })?;
             if file.format != FILE_FORMAT {
                 return Err(Error::new(ErrorKind::Version, format!("cannot use {}", path.display()))
@@ -421,7 +422,7 @@ impl Engine {
     fn take_down(&self, mounted: &Mounted) {
         let dir = mounted.dir();
         let gone = Error::new(ErrorKind::DiskMissing, format!("{} is not mounted", dir.display()))
-            .hint(format!("afterimage mount {}", dir.display()));
+            .hint(format!("afterimage mount {}", shell(dir)));
         for vm in self.vms_of(dir) {
             self.suspend_vm(&vm, &gone);
         }
@@ -464,7 +465,7 @@ impl Engine {
                 let dir = mounted.dir().to_owned();
                 self.take_down(&mounted);
                 let e = Error::new(ErrorKind::DiskMissing, format!("{} was unmounted", dir.display()))
-                    .hint(format!("afterimage mount {}", dir.display()));
+                    .hint(format!("afterimage mount {}", shell(&dir)));
                 self.mount_failed(&dir, &e);
             }
         }

@@ -13,6 +13,7 @@ use super::records::{DiskRecord, FolderRule};
 use super::storage;
 use super::targets::Target;
 use crate::base::limits::{DISK_BYTES_MAX, DISKS_PER_VM_MAX};
+use crate::base::shell::shell;
 use crate::base::{DiskId, Error, ErrorKind, Result, Timestamp, VmId};
 use crate::core::ports::vault::Vault;
 use crate::machine::chain;
@@ -66,7 +67,7 @@ impl Engine {
             let folder = real.parent().unwrap_or(&real);
             return Err(Error::new(ErrorKind::Refused, what())
                 .why("it does not lie under a mount of afterimage")
-                .hint(format!("afterimage mount {}", folder.display())));
+                .hint(format!("afterimage mount {}", shell(folder))));
         };
         let inside = real.strip_prefix(mount.dir()).unwrap_or(Path::new("")).to_owned();
         Ok((mount, inside))
@@ -148,7 +149,7 @@ impl Engine {
         if !fs::metadata(dir).is_ok_and(|m| m.is_dir()) {
             return Err(Error::new(ErrorKind::Refused, format!("{} cannot be followed", dir.display()))
                 .why("it is no folder")
-                .hint(format!("afterimage protect NAME --disk {}", dir.display())));
+                .hint(format!("afterimage protect NAME --disk {}", shell(dir))));
         }
         let rule = FolderRule { mount: mount.dir().to_owned(), path: inside, exclude: exclude.to_owned() };
         let (found, left_out) = self.scan_folder(&mount, &FolderFilter::new(&rule)?)?;

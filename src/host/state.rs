@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::base::error::Context;
+use crate::base::shell::shell;
 use crate::base::{BootId, Error, ErrorKind, Result, VmId};
 
 /// Where the state of the daemon lives when nobody says otherwise.
@@ -90,7 +91,7 @@ impl StateDir {
                         format!("the daemon cannot use {}", self.root.display()),
                     )
                     .why("another daemon holds its lock")
-                    .hint(format!("afterimage --state {} status", self.root.display())));
+                    .hint(format!("afterimage --state {} status", shell(&self.root))));
                 }
                 Err((_, e)) => {
                     return Err(Error::io(format!("cannot lock {}", path.display()), e.into()));

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::config::Config;
 use super::state::StateDir;
+use crate::base::shell::shell;
 use crate::base::{Clock, EpochNumber, Error, ErrorKind, PointId, Result, Timestamp, VmId, VmName};
 use crate::core::ports::points::{PointInfo, PointReader, PointStore, StoredVm};
 use crate::core::ports::vault::{Head, Vault, VaultSpace};
@@ -61,7 +62,7 @@ impl Target {
             slot.vault = None;
             return Err(Error::new(ErrorKind::Unreachable, format!("vault {} cannot be used", self.name))
                 .why(format!("there is no vault in {}", self.path.display()))
-                .hint(format!("is its file system mounted? findmnt -T {}", self.path.display())));
+                .hint(format!("is its file system mounted? findmnt -T {}", shell(&self.path))));
         }
         if let Some(vault) = &slot.vault {
             return Ok(vault.clone());

@@ -17,6 +17,7 @@ use super::state::StateDir;
 use super::targets::{Target, Targets};
 use crate::base::durable::{read_limited, write_atomic};
 use crate::base::limits::DOCUMENT_BYTES_MAX;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, PointId, Result, VmId};
 use crate::core::ports::points::{PointInfo, PointReader, PointStore, StoredVm};
 use crate::core::retention::Keep;
@@ -249,11 +250,11 @@ impl Engine {
         self.forget_ended_views();
         let dir = std::fs::canonicalize(&request.dir).map_err(|e| {
             Error::io(format!("cannot mount on {}", request.dir.display()), e)
-                .hint(format!("mkdir -p {}", request.dir.display()))
+                .hint(format!("mkdir -p {}", shell(&request.dir)))
         })?;
         if lock(&self.views.file).clones.iter().any(|c| c.dir == dir) {
             return Err(Error::new(ErrorKind::Exists, format!("{} has a clone already", dir.display()))
-                .hint(format!("afterimage point umount {}", dir.display())));
+                .hint(format!("afterimage point umount {}", shell(&dir))));
         }
         let record = CloneRecord {
             dir: dir.clone(),

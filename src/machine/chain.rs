@@ -14,6 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use super::image::{ImageFormat, ImageInfo, probe};
 use crate::base::error::Context;
 use crate::base::limits::DISKS_PER_VM_MAX;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, FileKey, Result};
 
 /// One file of a chain.
@@ -118,7 +119,7 @@ fn open_link(
             let what = format!("the backing file {} is missing", path.display());
             return Err(Error::new(ErrorKind::DiskMissing, what)
                 .why(format!("{} names it", above.path.display()))
-                .hint(format!("qemu-img rebase -u -F FORMAT -b FILE {}", above.path.display())));
+                .hint(format!("qemu-img rebase -u -F FORMAT -b FILE {}", shell(&above.path))));
         }
         other => other?,
     };

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::base::error::Context;
+use crate::base::shell::shell;
 use crate::base::{Error, ErrorKind, Result};
 use crate::format::qcow2::{HEADER_BYTES_MIN, Qcow2Header};
 
@@ -115,7 +116,7 @@ impl ImageInfo {
         let Some(outside) = &self.outside else { return Ok(()) };
         Err(Error::new(ErrorKind::Refused, format!("disk {} cannot be protected", path.display()))
             .why(format!("it is a {} image with {outside}; its replica would be incomplete", self.format))
-            .hint(format!("qemu-img convert -O qcow2 {0} {0}.qcow2", path.display())))
+            .hint(format!("qemu-img convert -O qcow2 {0} {0}.qcow2", shell(path))))
     }
 }
 
