@@ -37,7 +37,7 @@ pub use attr::{SetAttr, SetTime};
 pub use dir::DirEntry;
 pub use holders::Holder;
 pub use lower::LowerFile;
-pub use mount::{MOUNT_TYPE, Mount, MountSpec, Prepared};
+pub use mount::{MOUNT_TYPE, Mount, MountSpec, Prepared, absolute};
 pub use ops::{Caller, Filter, OpResult};
 pub use succession::clear_dead_mount;
 pub use xattr::MARK_PREFIX;

@@ -134,7 +134,12 @@ fn mount_flags(options: &[String], lower: &File) -> Result<MsFlags> {
     Ok(flags)
 }
 
-fn absolute(directory: &Path) -> Result<PathBuf> {
+/// The absolute path of a directory, without links; also of one whose filter is dead, which has no
+/// canonical form since its root cannot be looked at. An error if there is no such directory.
+pub fn absolute(directory: &Path) -> Result<PathBuf> {
+    if is_dead(directory) {
+        return absolute_of_dead(directory);
+    }
     let path = directory.canonicalize().map_err(|e| {
         let error = Error::io(format!("the directory {} cannot be opened", directory.display()), e);
         error.hint("name a directory that exists, as in: afterimage mount /var/lib/libvirt/images")
@@ -155,9 +160,7 @@ impl Mount {
     /// Opens the lower directory, so that disks can be attached before anything is mounted. A
     /// dead mount of ours at `dir` is removed.
     pub fn prepare(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Prepared> {
-        // A dead mount has no canonical form, since its root cannot be looked at.
-        let real = |d: &Path| if is_dead(d) { absolute_of_dead(d) } else { absolute(d) };
-        let spec = MountSpec { source: real(&spec.source)?, dir: real(&spec.dir)?, ..spec };
+        let spec = MountSpec { source: absolute(&spec.source)?, dir: absolute(&spec.dir)?, ..spec };
         let what = || format!("the filter cannot be mounted over {}", spec.dir.display());
         for directory in [&spec.source, &spec.dir] {
             if !is_dead(directory) && top_mount(directory)?.is_some_and(|m| m.kind == MOUNT_TYPE) {

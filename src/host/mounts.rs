@@ -26,7 +26,7 @@ use crate::base::limits::DOCUMENT_BYTES_MAX;
 use crate::base::shell::shell;
 use crate::base::{DiskId, Error, ErrorKind, FileKey, Result};
 use crate::core::ports::tracking::TrackedDisk;
-use crate::filter::{Filter, Holder, LowerFile, Mount, MountSpec, Prepared};
+use crate::filter::{Filter, Holder, LowerFile, Mount, MountSpec, Prepared, absolute};
 
 /// Version of the file.
 const FILE_FORMAT: u32 = 1;
@@ -329,16 +329,10 @@ impl Engine {
 
     pub(super) fn mount_command(&self, request: &MountRequest) -> Result<MountReply> {
         let _changing = lock(&self.mounts.changing);
-        let real = |path: &Path| {
-            crate::filter::clear_dead_mount(path)?;
-            std::fs::canonicalize(path).map_err(|e| {
-                Error::io(format!("cannot mount {}", path.display()), e)
-                    .hint("name a directory that exists: afterimage mount DIR")
-            })
-        };
+        // A dead mount there is replaced when the new one serves: until then nothing is bare.
         let record = MountRecord {
-            source: real(&request.source)?,
-            dir: real(&request.dir)?,
+            source: absolute(&request.source)?,
+            dir: absolute(&request.dir)?,
             single_host: request.single_host,
             options: request.options.clone(),
         };
