@@ -27,11 +27,11 @@ plain_copy() {
     start=$(now)
     cp -- "$work/lower/gib" "$work/lower/gib.copy"
     sync -- "$work/lower/gib.copy"
-    since "$start"
+    printf '%s\n' "$(since "$start")"
     rm -f -- "$work/lower/gib.copy"
 }
 
-# column NUMBER FILE: the median of a column.
+# column_median NUMBER FILE
 column_median() { awk -v n="$1" '{ print $n }' "$2" | median; }
 
 table_deltas() {
