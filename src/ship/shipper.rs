@@ -66,7 +66,7 @@ impl Shipper {
         let thread = std::thread::Builder::new()
             .name(name)
             .spawn(move || {
-                priority::yield_to_guests();
+                priority::yield_io_to_guests();
                 Driver::new(engine).run(&receiver);
             })
             .map_err(|e| Error::io("the shipper's thread cannot be started", e))?;
