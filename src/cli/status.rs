@@ -268,7 +268,7 @@ not protected: /vm/b.raw (afterimage protect NAME --disk FILE)
         let out = Out { json: false, yes: false, terminal: false };
         let text = words(&out, &report(), true);
         assert!(text.contains("every 1 s"), "{text}");
-        let delay = "tracking held up 99 % of 1234 writes for less than 2.4 µs, none for longer than 1.9 ms";
+        let delay = "tracking held up 99 % of 1234 writes for less than 2.4 us, none for longer than 1.9 ms";
         assert!(text.contains(delay), "{text}");
         let row = text.lines().find(|l| l.starts_with("/vm/a.raw")).unwrap();
         let cells: Vec<&str> = row.split("  ").map(str::trim).filter(|c| !c.is_empty()).collect();

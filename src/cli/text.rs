@@ -72,12 +72,12 @@ pub fn duration(d: Duration) -> String {
     }
 }
 
-/// A duration far below a second: `800 ns`, `2.4 µs`, `1.9 ms`.
+/// A duration far below a second: `800 ns`, `2.4 us`, `1.9 ms`.
 pub fn brief(d: Duration) -> String {
     let ns = d.as_nanos() as f64;
     match d.as_nanos() {
         0..1_000 => format!("{ns} ns"),
-        1_000..1_000_000 => format!("{:.1} µs", ns / 1e3),
+        1_000..1_000_000 => format!("{:.1} us", ns / 1e3),
         1_000_000..1_000_000_000 => format!("{:.1} ms", ns / 1e6),
         _ => duration(d),
     }

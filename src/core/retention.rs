@@ -102,7 +102,8 @@ impl Buckets {
 /// Only run time proves that time has passed: a point that arrives after a jump has the wrong time
 /// too. So the time seen last and what is left of a suspension are saved ([`ClockState`]), and each
 /// run goes on from there. What if that is not saved, by a kill or for want of room? What was saved
-/// before is from before the jump, so the next run sees the jump again.
+/// before is from before the jump, so the next run sees the jump again (for an hour at least, if one
+/// was seen before).
 #[derive(Clone, Copy, Debug)]
 pub struct ClockGuard {
     /// The clocks at the last look.
@@ -164,6 +165,11 @@ impl ClockGuard {
         let every = if self.suspended.is_zero() { SAVE_EVERY } else { SAVE_SUSPENDED_EVERY };
         self.save_at = self.monotonic + every;
         Some(ClockState::new(self.wall, self.suspended))
+    }
+
+    /// What was to be saved could not be: the next look tries again.
+    pub fn save_again(&mut self) {
+        self.save_at = self.monotonic;
     }
 }
 

@@ -5,7 +5,7 @@
 //! over its own directory, and nothing of ours ever goes through it.
 //!
 //! Killed here: a mount without a daemon stays, every call on it is ENOTCONN, and the next start
-//! removes it ([`super::clear_dead_mount`]). Removed from outside by plain `umount`: the loops
+//! replaces it ([`super::succession`]). Removed from outside by plain `umount`: the loops
 //! end, and so does [`Mount::wait`].
 
 use std::fs::{File, OpenOptions};
@@ -134,31 +134,31 @@ fn mount_flags(options: &[String], lower: &File) -> Result<MsFlags> {
     Ok(flags)
 }
 
-/// The absolute path of a directory, without links; also of one whose filter is dead, which has no
-/// canonical form since its root cannot be looked at. An error if there is no such directory.
+/// The absolute path of a directory, without links; also of one whose filter is dead, which cannot
+/// be looked at. An error if there is no such directory.
 pub fn absolute(directory: &Path) -> Result<PathBuf> {
-    if is_dead(directory) {
-        return absolute_of_dead(directory);
-    }
-    let path = directory.canonicalize().map_err(|e| {
-        let error = Error::io(format!("the directory {} cannot be opened", directory.display()), e);
-        error.hint("name a directory that exists, as in: afterimage mount /var/lib/libvirt/images")
-    })?;
-    if path.is_dir() {
-        return Ok(path);
+    let canonical = match directory.canonicalize() {
+        Err(e) if e.raw_os_error() == Some(Errno::ENOTCONN as i32) => absolute_of_dead(directory)?,
+        other => other.map_err(|e| {
+            let error = Error::io(format!("the directory {} cannot be opened", directory.display()), e);
+            error.hint("name a directory that exists, as in: afterimage mount /var/lib/libvirt/images")
+        })?,
+    };
+    if is_dead(&canonical) || canonical.is_dir() {
+        return Ok(canonical);
     }
     Err(Error::new(ErrorKind::Usage, format!("{} is not a directory", directory.display()))
         .hint("name the directory that holds the disk images"))
 }
 
 impl Mount {
-    /// Mounts and serves. A dead mount of ours at `dir` is removed first.
+    /// Mounts and serves. A dead mount of ours at `dir` is replaced.
     pub fn start(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Self> {
         Self::prepare(spec, watcher)?.serve()
     }
 
     /// Opens the lower directory, so that disks can be attached before anything is mounted. A
-    /// dead mount of ours at `dir` is removed.
+    /// dead mount of ours at `dir` stays until [`Prepared::serve`] replaces it.
     pub fn prepare(spec: MountSpec, watcher: Arc<dyn NameWatcher>) -> Result<Prepared> {
         let spec = MountSpec { source: absolute(&spec.source)?, dir: absolute(&spec.dir)?, ..spec };
         let what = || format!("the filter cannot be mounted over {}", spec.dir.display());

@@ -253,6 +253,7 @@ mod tests {
         let newer = text.replace("\"format\":1", "\"format\":2");
         assert_eq!(VmState::decode(newer.as_bytes()).unwrap_err().kind(), ErrorKind::Version);
     }
+
     #[test]
     fn the_clock_is_sealed_too() {
         let clock = ClockState::new(Timestamp(1_700_000_000_000), Duration::from_millis(86_399_001));

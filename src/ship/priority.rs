@@ -1,5 +1,5 @@
-//! Guests first: the shipper's threads run with a low I/O priority, those that read and pack with a
-//! low CPU priority too.
+//! Guests first: the shipper's threads run with a low I/O priority; those of a large transfer, which
+//! read and pack, with a low CPU priority too.
 
 #![allow(unsafe_code)]
 

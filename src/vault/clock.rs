@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::steps::Steps;
 use super::store::lock;
 use crate::base::durable::{read_limited, write_atomic};
-use crate::base::{Clock, Error, ErrorKind, Result};
+use crate::base::{Clock, Error, ErrorKind, Result, Timestamp};
 use crate::core::retention::ClockGuard;
 use crate::format::vaultstate::ClockState;
 
@@ -58,16 +58,18 @@ impl WatchedClock {
         Self { path, clock, steps, guard: Mutex::new(guard) }
     }
 
-    /// Looks at the clock. `false`: nothing may be dropped now.
-    pub fn is_plausible(&self) -> bool {
+    /// Looks at the clock: the time, if it is believed. `None`: nothing may be dropped now.
+    pub fn believed(&self) -> Option<Timestamp> {
         let mut guard = lock(&self.guard);
-        let is_plausible = guard.observe(self.clock.now(), self.clock.monotonic());
+        let now = self.clock.now();
+        let is_plausible = guard.observe(now, self.clock.monotonic());
         if let Some(state) = guard.to_save()
             && let Err(e) = self.save(&state)
         {
             log::warn!("the clock of the vault is not remembered: {e}");
+            guard.save_again();
         }
-        is_plausible
+        is_plausible.then_some(now)
     }
 
     fn save(&self, state: &ClockState) -> Result<()> {

@@ -35,7 +35,7 @@ plain_copy() {
 column_median() { awk -v n="$1" '{ print $n }' "$2" | median; }
 
 table_deltas() {
-    local round plain durable
+    local round name plain durable
     say "" "== deltas, medians of $rounds"
     fio --name=lay --filename="$work/lower/gib" --size=1G --rw=write --bs=1M --end_fsync=1 --output=/dev/null
     for round in $(seq "$rounds"); do
@@ -48,9 +48,9 @@ table_deltas() {
     say "1 GiB in runs of 64 KiB over 64 GiB: durable after $durable s, can be opened after \
 $(column_median 2 "$work/scattered") s; cp of 1 GiB with fsync: $plain s; ratio \
 $(awk -v a="$durable" -v b="$plain" 'BEGIN { printf "%.2f", a / b }')"
-    for round in small large; do
-        say "64 MiB on a disk of $([ $round = small ] && echo '10 GiB' || echo '8 TiB, sparse'): durable after \
-$(column_median 1 "$work/$round") s, can be opened after $(column_median 2 "$work/$round") s"
+    for name in small large; do
+        say "64 MiB on a disk of $([ $name = small ] && echo '10 GiB' || echo '8 TiB, sparse'): durable after \
+$(column_median 1 "$work/$name") s, can be opened after $(column_median 2 "$work/$name") s"
     done
     rm -f -- "$work/lower/gib"
 }

@@ -140,11 +140,6 @@ impl Host {
         i32::try_from(said["daemon"]["pid"].as_i64().expect("daemon.pid")).unwrap()
     }
 
-    /// Whether its daemon runs.
-    pub fn is_alive(&self) -> bool {
-        daemons_of(&self.state).into_iter().any(is_alive)
-    }
-
     /// SIGKILL, as the kernel would do it when memory is short. Gone when it returns.
     pub fn kill(&self) {
         let pids = daemons_of(&self.state);

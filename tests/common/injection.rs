@@ -32,7 +32,7 @@ impl Injection {
         let log = scratch.join("strace.log");
         let threads = threads_of(pid, wanted);
         assert!(!threads.is_empty(), "process {pid} has no such thread");
-        let mut strace = Command::new("strace")
+        let strace = Command::new("strace")
             .args(["-q", "-o", text(&log), "-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:{action}")])
             .args(threads.iter().flat_map(|t| ["-p", t]))
@@ -44,10 +44,11 @@ impl Injection {
             // A thread, or all of them, may be gone already.
             !status.is_ok_and(|s| s.contains("TracerPid:\t0\n"))
         };
+        let mut injection = Self { strace, log };
         wait_until("strace to hold the threads", || {
-            threads.iter().all(is_held) || strace.try_wait().is_ok_and(|ended| ended.is_some())
+            threads.iter().all(is_held) || !matches!(injection.strace.try_wait(), Ok(None))
         });
-        Self { strace, log }
+        injection
     }
 
     /// Lets go of the process. How many calls were tampered with.

@@ -23,7 +23,7 @@ pub use injection::Injection;
 pub use qmp::Qmp;
 pub use scratch::{Scratch, unmount};
 pub use volume::{Kind, Volume};
-pub use watchdog::Watchdog;
+pub use watchdog::{Watchdog, is_alive};
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

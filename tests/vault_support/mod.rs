@@ -16,6 +16,7 @@ use afterimage::format::manifest::{
     Consistency, DefinitionFile, EpochKind, MANIFEST_FORMAT, Manifest, ManifestDisk,
 };
 use afterimage::format::part::{PartBuilder, PartName, StoredPart};
+use afterimage::vault::DirectoryVault;
 
 pub const BLOCK: usize = 4096;
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -366,4 +367,18 @@ pub fn kind<T>(result: Result<T>) -> ErrorKind {
 /// A folder in memory: syncs cost nothing, holes and fallocate work.
 pub fn memory_dir() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("afterimage-vault-").tempdir_in("/dev/shm").unwrap()
+}
+
+/// A cut of the primary, delivered and applied.
+pub fn delivered(vault: &DirectoryVault, primary: &mut Primary) -> Epoch {
+    let epoch = primary.cut();
+    epoch.deliver(vault).unwrap();
+    assert!(vault.wait_applied(primary.vm, PATIENCE).unwrap(), "{:?}", vault.last_error(primary.vm));
+    epoch
+}
+
+/// Registers the VM and delivers its first epoch.
+pub fn begin(vault: &DirectoryVault, primary: &mut Primary) -> Epoch {
+    vault.register(primary.vm, &"web1".parse().unwrap()).unwrap();
+    delivered(vault, primary)
 }
