@@ -74,10 +74,10 @@ impl Drop for Writer {
     }
 }
 
-/// Every file up to `synced` that cannot have been removed yet is there and whole.
-fn holds(dir: &Path, synced: u64) {
-    // Whatever the writer did since can have removed at most the older half.
-    for number in (synced.saturating_sub(KEPT / 2) + 1)..=synced {
+/// Every file up to `synced` that cannot have been removed yet is there and whole: the writer had
+/// synced `later` after the cut, and may be at work on the next.
+fn holds(dir: &Path, synced: u64, later: u64) {
+    for number in ((later + 1).saturating_sub(KEPT) + 1)..=synced {
         let path = dir.join(name(number));
         let found = fs::read(&path).unwrap_or_else(|e| panic!("file {number} of {synced}: {e}"));
         assert!(found == content(number), "file {number} of {synced} is not whole");
@@ -103,10 +103,11 @@ fn file_system_in_points(kind: Kind, mib: u64) {
         let synced = writer.synced();
         host.sync("web1");
         let point = host.newest("web1").id;
+        let later = writer.synced();
         host.run(&["point", "clone", "web1", "--point", &point, text(&clone)]);
         {
             let copy = Volume::attach(&clone.join("a.img"), kind, &inside);
-            holds(copy.dir(), synced);
+            holds(copy.dir(), synced, later);
             copy.check();
         }
         host.run(&["point", "umount", text(&clone)]);
