@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use afterimage::base::ErrorKind;
+use afterimage::base::dead::clear_dead;
 use afterimage::base::mountinfo::top_mount;
-use afterimage::filter::{MOUNT_TYPE, Mount, MountSpec, clear_dead_mount};
+use afterimage::filter::{MOUNT_TYPE, Mount, MountSpec};
 use filter_support::{Events, Mounted, Running, errno, names};
 use nix::errno::Errno;
 
@@ -146,7 +147,7 @@ fn a_mount_elsewhere_and_read_only() {
     assert_eq!(read.unwrap(), b"x");
     assert_eq!(errno(write.unwrap_err()), Errno::EROFS);
     removed.unwrap();
-    assert_eq!(clear_dead_mount(&dir).unwrap(), 0);
+    assert_eq!(clear_dead(&dir, |kind| kind == MOUNT_TYPE).unwrap(), 0);
 }
 
 #[test]
@@ -201,7 +202,7 @@ fn a_dead_mount_is_cleared_and_mounted_again() {
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     assert!(lines.map_while(Result::ok).any(|line| line == "serving"));
     let open = File::open(dir.join("a")).unwrap();
-    assert_eq!(clear_dead_mount(&dir).unwrap(), 0);
+    assert_eq!(clear_dead(&dir, |kind| kind == MOUNT_TYPE).unwrap(), 0);
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(errno(fs::metadata(dir.join("a")).unwrap_err()), Errno::ENOTCONN);

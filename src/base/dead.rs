@@ -22,7 +22,8 @@ pub fn is_disconnected(dir: &Path) -> bool {
 }
 
 /// Whether the mount on top at exactly `dir` (absolute, without links) has a type that `is_ours`
-/// takes, and is dead. A mount of somebody else's is not touched at all. An error if the table of
+/// takes, and is dead. A mount of somebody else's is not touched at all. Where a new mount was moved
+/// beneath a dead one the table may name the new one; both are ours then. An error if the table of
 /// mounts cannot be read.
 pub fn is_dead(dir: &Path, is_ours: impl Fn(&str) -> bool) -> Result<bool> {
     Ok(top_mount(dir)?.is_some_and(|top| is_ours(&top.kind)) && is_disconnected(dir))
@@ -39,8 +40,8 @@ pub fn clear_dead(dir: &Path, is_ours: impl Fn(&str) -> bool) -> Result<usize> {
     Ok(cleared)
 }
 
-/// The absolute path of a folder whose mount is dead and so has no canonical form: its last name
-/// is taken for no link. An error if the folder above it does not exist.
+/// The absolute path of a folder whose mount is dead and may be asked nothing: its last name is taken
+/// for no link. An error if the folder above it does not exist.
 pub fn absolute_of_dead(dir: &Path) -> Result<PathBuf> {
     let what = || format!("the directory {} cannot be opened", dir.display());
     let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {

@@ -1,4 +1,4 @@
-//! What is mounted where, as the kernel's table (`/proc/self/mountinfo`) tells.
+//! What is mounted where, as the kernel's table (`/proc/thread-self/mountinfo`) tells.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

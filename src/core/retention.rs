@@ -143,6 +143,11 @@ impl ClockGuard {
         guard
     }
 
+    /// Run time for which nothing may be deleted yet.
+    pub const fn suspended(&self) -> Duration {
+        self.suspended
+    }
+
     /// Looks at both clocks. `false`: nothing may be deleted now.
     pub fn observe(&mut self, wall: Timestamp, monotonic: Duration) -> bool {
         let passed = monotonic.saturating_sub(self.monotonic);

@@ -39,5 +39,4 @@ pub use holders::Holder;
 pub use lower::LowerFile;
 pub use mount::{MOUNT_TYPE, Mount, MountSpec, Prepared, absolute};
 pub use ops::{Caller, Filter, OpResult};
-pub use succession::clear_dead_mount;
 pub use xattr::MARK_PREFIX;

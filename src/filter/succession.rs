@@ -38,7 +38,7 @@ pub(super) fn is_dead(directory: &Path) -> bool {
 
 /// Removes filters over `directory` (absolute, without links) whose daemon is dead. How many
 /// there were; a mount that is alive stays. An error if one cannot be removed.
-pub fn clear_dead_mount(directory: &Path) -> Result<usize> {
+pub(super) fn clear_dead_mount(directory: &Path) -> Result<usize> {
     dead::clear_dead(directory, is_filter)
 }
 

@@ -11,6 +11,7 @@ use super::mounts::Mounted;
 use super::records::{Phase, VmRecord};
 use super::storage;
 use super::vm::Vm;
+use crate::base::shell::shell;
 use crate::base::{ErrorKind, Result};
 use crate::core::health::{self, HealthFacts, Level, Retrying};
 use crate::core::ports::points::PointStore;
@@ -148,8 +149,8 @@ impl Engine {
         }
         if let Some(why) = vm.target.last_error(vm.id) {
             level = level.max(Health::Warning);
-            let see = vm.target.path.display();
-            reasons.push(format!("the vault does not take everything: {why}; look at {see}: df -h {see}"));
+            let (see, typed) = (vm.target.path.display(), shell(&vm.target.path));
+            reasons.push(format!("the vault does not take everything: {why}; look at {see}: df -h {typed}"));
         }
         let delay = running.as_ref().map(|r| delay_of(&r.tracker.latency()));
         let current_as_of = shipping.as_ref().and_then(|s| s.current_as_of);

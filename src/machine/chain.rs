@@ -68,7 +68,7 @@ pub fn resolve(path: &Path, open: &dyn Fn(&Path) -> Result<File>) -> Result<Vec<
             return Err(refused(
                 path_of_first(&links, &path),
                 format!("its backing chain comes back to {}", earlier.path.display()),
-                format!("qemu-img info --backing-chain -U {}", path.display()),
+                format!("qemu-img info --backing-chain -U {}", shell(&path)),
             ));
         }
         link.info.verify_supported(&path)?;
@@ -97,7 +97,7 @@ pub fn backing_path(overlay: &Path, name: &str) -> Result<PathBuf> {
         BackingName::Other(name) => Err(refused(
             overlay,
             format!("its backing file is {name:?}, which is no path of a file"),
-            format!("qemu-img rebase -u -F FORMAT -b FILE {}", overlay.display()),
+            format!("qemu-img rebase -u -F FORMAT -b FILE {}", shell(overlay)),
         )),
     }
 }
@@ -143,7 +143,7 @@ fn open_link(
         return Err(refused(
             path,
             why,
-            format!("qemu-img rebase -u -F {} -b FILE {}", info.format, above.path.display()),
+            format!("qemu-img rebase -u -F {} -b FILE {}", info.format, shell(&above.path)),
         ));
     }
     Ok(ChainLink {
@@ -167,7 +167,7 @@ fn refused(path: &Path, why: String, hint: String) -> Error {
 
 fn about(path: &Path, e: Error) -> Error {
     let kind = e.kind();
-    let hint = e.next_step().unwrap_or("qemu-img check FILE").replace("IMAGE", &path.display().to_string());
+    let hint = e.next_step().unwrap_or("qemu-img check FILE").replace("IMAGE", &shell(path));
     Error::new(kind, format!("the image {} cannot be read", path.display()))
         .why(e.reason().unwrap_or_default())
         .hint(hint)

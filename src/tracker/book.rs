@@ -203,16 +203,12 @@ impl Entry {
     pub(crate) fn forget_upto(&mut self, epoch: u64) {
         let was_whole = self.whole_at(epoch).is_some();
         for files in [&mut self.hrls, &mut self.retired] {
-            files.retain(|h| {
-                if h.epoch <= epoch {
-                    h.remove();
+            for gone in files.extract_if(.., |h| h.epoch <= epoch) {
+                gone.remove();
+                if was_whole {
+                    gone.sync_removal();
                 }
-                h.epoch > epoch
-            });
-        }
-        let folder = lock(&self.disk.place).folder.clone();
-        if was_whole && let Err(e) = folder.sync_all() {
-            log::warn!("the folder of disk {} cannot be synced: {e}", self.disk.path().display());
+            }
         }
         self.pending.retain(|e, _| *e > epoch);
         self.unlogged.retain(|e| *e > epoch);

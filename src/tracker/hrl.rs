@@ -194,6 +194,13 @@ impl HrlFile {
         }
     }
 
+    /// That it was removed survives a power cut; if not, it is found again and believed.
+    pub(crate) fn sync_removal(&self) {
+        if let Err(e) = self.folder.sync_all() {
+            log::warn!("{} durably: {e}", self.what("removed"));
+        }
+    }
+
     /// Whether it is in this (opened) folder.
     pub(crate) fn is_in(&self, folder: &Arc<File>) -> bool {
         Arc::ptr_eq(&self.folder, folder)

@@ -49,20 +49,22 @@ impl WatchedClock {
         let path = path_in(vault);
         let saved = read(&path);
         if let Err(e) = &saved {
-            log::warn!(
-                "vault {}: what time it was is not known, no point is dropped for a day: {e}",
-                vault.display()
-            );
+            log::warn!("vault {}: what time it was is not known: {e}", vault.display());
         }
         let guard = ClockGuard::resume(saved.ok().as_ref(), clock.now(), clock.monotonic());
-        Self { path, clock, steps, guard: Mutex::new(guard) }
+        let suspended = guard.suspended();
+        let watched = Self { path, clock, steps, guard: Mutex::new(guard) };
+        watched.tell(Duration::ZERO, suspended);
+        watched
     }
 
     /// Looks at the clock: the time, if it is believed. `None`: nothing may be dropped now.
     pub fn believed(&self) -> Option<Timestamp> {
         let mut guard = lock(&self.guard);
         let now = self.clock.now();
+        let before = guard.suspended();
         let is_plausible = guard.observe(now, self.clock.monotonic());
+        self.tell(before, guard.suspended());
         if let Some(state) = guard.to_save()
             && let Err(e) = self.save(&state)
         {
@@ -70,6 +72,19 @@ impl WatchedClock {
             guard.save_again();
         }
         is_plausible.then_some(now)
+    }
+
+    /// Once for each change: somebody looks several times a minute.
+    fn tell(&self, before: Duration, now: Duration) {
+        if now > before {
+            let hours = now.as_secs().div_ceil(3600);
+            log::warn!(
+                "{}: the clock is not believed; no point is dropped for {hours} h",
+                self.path.display()
+            );
+        } else if now.is_zero() && !before.is_zero() {
+            log::info!("{}: the clock is believed again; points are dropped", self.path.display());
+        }
     }
 
     fn save(&self, state: &ClockState) -> Result<()> {

@@ -412,7 +412,6 @@ impl PointStore for DirectoryVault {
         };
         // After the list was made: no point in it arrived after a jump that this does not see.
         let Some(now) = self.watched.believed() else {
-            log::warn!("VM {vm}: the clock jumped; no point is dropped until it was plausible for a day");
             return Ok(Vec::new());
         };
         let gone = expired(&points, &keep, now);

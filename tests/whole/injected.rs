@@ -24,14 +24,14 @@ impl Rig {
         host.mount(&lower, &mounted);
         let disk = mounted.join("a.img");
         host.protect("web1", &[&disk], "1s");
-        overwrite(&open(&disk), 1, 100);
-        host.sync("web1");
         Self { host, lower, disk, scratch }
     }
 
     /// `calls` of one thread fail with EIO while the guest writes, which must succeed, and while a
     /// cut is asked for, which must not. Returns the status then; afterwards all is well again.
     fn fails(self, thread: &str, calls: &str) -> Value {
+        overwrite(&open(&self.disk), 1, 100);
+        self.host.sync("web1");
         let pid = self.host.daemon_pid();
         let injection = Injection::begin(pid, |name| name == thread, calls, "error=EIO", self.scratch.path());
         overwrite(&open(&self.disk), 2, 500);
@@ -79,13 +79,8 @@ fn an_epoch_that_cannot_be_synced_is_no_point() {
 /// T8: activations fail; the mark on the disk file stands in for them.
 #[test]
 fn a_hot_region_log_that_fails_is_no_matter_for_the_guest() {
-    let scratch = Scratch::new("hot-log");
-    let (lower, mounted) = (scratch.dir("lower"), scratch.dir("mounted"));
-    sparse(&lower.join("a.img"), BYTES);
-    let host = Host::new("hot-log", &scratch.path().join("state"));
-    host.mount(&lower, &mounted);
-    let disk = mounted.join("a.img");
-    host.protect("web1", &[&disk], "1s");
+    // Bound so that the host ends before its folder goes.
+    let Rig { scratch, lower, disk, host } = Rig::new("hot-log");
     let pid = host.daemon_pid();
     let is_log = |name: &str| name == "tracker-hotlog";
     let injection = Injection::begin(pid, is_log, "fdatasync,fsync", "error=EIO", scratch.path());

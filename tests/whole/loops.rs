@@ -27,7 +27,11 @@ fn content(number: u64) -> Vec<u8> {
 fn name(number: u64) -> String {
     format!("d{}/f{number}", number % 8)
 }
-const KEPT: u64 = 400;
+/// Many more than are written while a point is made.
+const KEPT: u64 = 1500;
+
+/// So many files are looked at in each point.
+const NEWEST: u64 = 300;
 
 impl Writer {
     fn start(dir: PathBuf) -> Self {
@@ -77,7 +81,10 @@ impl Drop for Writer {
 /// Every file up to `synced` that cannot have been removed yet is there and whole: the writer had
 /// synced `later` after the cut, and may be at work on the next.
 fn holds(dir: &Path, synced: u64, later: u64) {
-    for number in ((later + 1).saturating_sub(KEPT) + 1)..=synced {
+    let first = (later + 1).saturating_sub(KEPT) + 1;
+    assert!(first <= synced, "nothing can be checked: {later} files were synced, {synced} before the cut");
+    // The oldest of them were checked in earlier points.
+    for number in first.max(synced.saturating_sub(NEWEST) + 1)..=synced {
         let path = dir.join(name(number));
         let found = fs::read(&path).unwrap_or_else(|e| panic!("file {number} of {synced}: {e}"));
         assert!(found == content(number), "file {number} of {synced} is not whole");
