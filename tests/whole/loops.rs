@@ -13,6 +13,8 @@ use crate::common::{Host, Kind, Scratch, Volume, rounds, text, wait_until};
 struct Writer {
     stop: Arc<AtomicBool>,
     synced: Arc<AtomicU64>,
+    /// The oldest file that must not go.
+    oldest: Arc<AtomicU64>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -27,7 +29,8 @@ fn content(number: u64) -> Vec<u8> {
 fn name(number: u64) -> String {
     format!("d{}/f{number}", number % 8)
 }
-/// Many more than are written while a point is made.
+
+/// Files there are at the most: the writer waits rather than to remove one that a point must have.
 const KEPT: u64 = 1500;
 
 /// So many files are looked at in each point.
@@ -36,7 +39,8 @@ const NEWEST: u64 = 300;
 impl Writer {
     fn start(dir: PathBuf) -> Self {
         let (stop, synced) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stopped, done) = (stop.clone(), synced.clone());
+        let oldest = Arc::new(AtomicU64::new(u64::MAX));
+        let (stopped, done, needed) = (stop.clone(), synced.clone(), oldest.clone());
         for n in 0..8 {
             fs::create_dir(dir.join(format!("d{n}"))).unwrap();
         }
@@ -50,12 +54,18 @@ impl Writer {
                 file.sync_all().unwrap();
                 File::open(path.parent().unwrap()).unwrap().sync_all().unwrap();
                 done.store(number, Ordering::SeqCst);
+                while number.saturating_sub(KEPT) >= needed.load(Ordering::SeqCst) {
+                    if stopped.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
                 if number > KEPT {
                     fs::remove_file(dir.join(name(number - KEPT))).unwrap();
                 }
             }
         });
-        Self { stop, synced, thread: Some(thread) }
+        Self { stop, synced, oldest, thread: Some(thread) }
     }
 
     fn synced(&self) -> u64 {
@@ -78,17 +88,18 @@ impl Drop for Writer {
     }
 }
 
-/// Every file up to `synced` that cannot have been removed yet is there and whole: the writer had
-/// synced `later` after the cut, and may be at work on the next.
-fn holds(dir: &Path, synced: u64, later: u64) {
-    let first = (later + 1).saturating_sub(KEPT) + 1;
-    assert!(first <= synced, "nothing can be checked: {later} files were synced, {synced} before the cut");
-    // The oldest of them were checked in earlier points.
-    for number in first.max(synced.saturating_sub(NEWEST) + 1)..=synced {
+/// The newest files up to `synced` are there and whole; the older ones were looked at in earlier points.
+fn holds(dir: &Path, synced: u64) {
+    for number in oldest_of(synced)..=synced {
         let path = dir.join(name(number));
         let found = fs::read(&path).unwrap_or_else(|e| panic!("file {number} of {synced}: {e}"));
         assert!(found == content(number), "file {number} of {synced} is not whole");
     }
+}
+
+/// The oldest file that is looked at in a point, before whose cut `synced` were synced.
+fn oldest_of(synced: u64) -> u64 {
+    synced.saturating_sub(NEWEST) + 1
 }
 
 fn file_system_in_points(kind: Kind, mib: u64) {
@@ -108,13 +119,14 @@ fn file_system_in_points(kind: Kind, mib: u64) {
         let until = writer.synced() + 10;
         wait_until("the writer to go on", || writer.synced() >= until);
         let synced = writer.synced();
+        writer.oldest.store(oldest_of(synced), Ordering::SeqCst);
         host.sync("web1");
         let point = host.newest("web1").id;
-        let later = writer.synced();
+        writer.oldest.store(u64::MAX, Ordering::SeqCst);
         host.run(&["point", "clone", "web1", "--point", &point, text(&clone)]);
         {
             let copy = Volume::attach(&clone.join("a.img"), kind, &inside);
-            holds(copy.dir(), synced, later);
+            holds(copy.dir(), synced);
             copy.check();
         }
         host.run(&["point", "umount", text(&clone)]);
