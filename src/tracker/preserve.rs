@@ -181,7 +181,8 @@ impl Preserve {
         if left < 0 { Err(Limit::Space) } else { Ok(()) }
     }
 
-    /// Reads the copy of a preserved block into a buffer of one block. `false`: there is none, or it cannot be read.
+    /// Reads the copy of a preserved block into a buffer of one block. `false`: there is none, or
+    /// it cannot be read.
     pub(crate) fn read(&self, block: u64, buffer: &mut [u8]) -> bool {
         let slot = match lock(self.shard(block)).get(&block) {
             None => return false,
@@ -199,8 +200,8 @@ impl Preserve {
         self.freed.store(true, SeqCst);
     }
 
-    /// Gives the space of the file back; what is in memory goes with its last reader. Closed, and after that given up, before: else a copy that is read
-    /// and believed could go. Whether there was any.
+    /// Gives the space of the file back; what is in memory goes with its last user. Closed, and after
+    /// that given up, before: else a copy that is read and believed could go. Whether there was any.
     pub(crate) fn punch(&self) -> bool {
         let length = self.slots.load(SeqCst) * BLOCK_BYTES;
         if length > 0 {
