@@ -30,7 +30,7 @@ fn name(number: u64) -> String {
     format!("d{}/f{number}", number % 8)
 }
 
-/// Files there are at the most: the writer waits rather than to remove one that a point must have.
+/// So many files stay; the writer waits rather than to remove one that a point must have.
 const KEPT: u64 = 1500;
 
 /// So many files are looked at in each point.
@@ -88,7 +88,7 @@ impl Drop for Writer {
     }
 }
 
-/// The newest files up to `synced` are there and whole; the older ones were looked at in earlier points.
+/// The newest files up to `synced` are there and whole.
 fn holds(dir: &Path, synced: u64) {
     for number in oldest_of(synced)..=synced {
         let path = dir.join(name(number));
