@@ -361,10 +361,10 @@ fn regions_written_without_a_log_are_in_the_next_one() {
     assert!(rig.vm().figures()[0].1.hot_regions > 0);
 }
 
-/// T5: room that is made for guests takes the cut with it.
-#[test]
-fn making_room_gives_up_the_cut() {
-    let mut rig = Rig::new(60, 4 << 20);
+/// A rig whose frozen epoch has one preserved block, with this much memory for it.
+fn rig_with_a_preserved_block(seed: u64, memory: u64) -> Rig {
+    let mut rig = Rig::new(seed, 4 << 20);
+    rig.preserved_bytes = memory;
     rig.open(BootId(1), true);
     rig.ship_everything();
     rig.write_at(0, 0, 10);
@@ -372,11 +372,31 @@ fn making_room_gives_up_the_cut() {
     vm.cut(CutKind::Final, &BlocksByDisk::new(), PATIENCE).unwrap();
     vm.drain(PATIENCE).unwrap().unwrap();
     rig.write_at(0, 0, 10);
-    assert!(vm.disk(DiskId(2)).unwrap().make_room(), "one block was saved");
+    assert_eq!(vm.figures()[0].1.preserved, BLOCK);
+    rig
+}
+
+/// T5: room that is made for guests takes the cut with it.
+#[test]
+fn making_room_gives_up_the_cut() {
+    let rig = rig_with_a_preserved_block(60, 0);
+    let vm = rig.vm();
+    assert!(vm.disk(DiskId(2)).unwrap().make_room(), "one block was saved in a file");
     let read = vm.read_frozen(DiskId(1), 0..1, &mut [0; BLOCK as usize]);
     assert_eq!(read.unwrap_err().kind(), ErrorKind::Cancelled);
     vm.give_up().unwrap();
     assert_eq!(vm.pending().values().map(|s| s.total()).sum::<u64>(), 1);
+}
+
+/// T5: what is in memory takes no room: there is none to be made, and the cut stays.
+#[test]
+fn a_cut_whose_copies_are_in_memory_is_not_given_up_for_room() {
+    let rig = rig_with_a_preserved_block(61, 1 << 20);
+    let vm = rig.vm();
+    assert!(!vm.disk(DiskId(2)).unwrap().make_room());
+    vm.read_frozen(DiskId(1), 0..1, &mut [0; BLOCK as usize]).unwrap();
+    vm.give_up().unwrap();
+    assert_eq!(vm.figures()[0].1.preserved, 0);
 }
 
 /// A disk goes where its HRLs cannot follow (another file system): it ships whole, and the

@@ -16,6 +16,8 @@ pub const DOCUMENT_BYTES_MAX: u64 = 256 << 20;
 pub const PRESERVE_OPERATION_BYTES_MAX: u64 = 16 << 20;
 /// Share of the disk that preserved data may take, in percent (T5).
 pub const PRESERVED_PERCENT_MAX: u64 = 5;
+/// Preserved data in memory, of all disks together; more goes into the HRLs.
+pub const PRESERVED_MEMORY_BYTES: u64 = 32 << 20;
 /// Preserved data leaves at least this much of the image file system free (T5).
 pub const IMAGE_FREE_BYTES_MIN: u64 = 256 << 20;
 /// An activation that takes longer gives the disk the untracked mark (T8).

@@ -11,8 +11,8 @@
 //!  56   8  check of bytes 0..56            24   n  payload, then zeros up to a multiple of 64
 //!  64  16  nonce
 //!  80   8  created, ms since 1970         64 GiB.. : preserved blocks
-//!  88  16  boot id                          one page each, in no order; the index of them
-//! 104   2  bytes of the path                is in memory only
+//!  88  16  boot id                          one page each, in no order; the index of them,
+//! 104   2  bytes of the path                and the first of them, are in memory only
 //! 106   n  path of the disk in its mount
 //! 4088  8  check of bytes 0..4088
 //! ```

@@ -6,6 +6,7 @@
 //! vault = "/srv/vault"        # the vault of a VM that names no target (default: STATE/vault)
 //! group = "afterimage"        # may use read-only commands
 //! log_level = "info"
+//! preserved_memory = "32 MiB" # preserved blocks in memory, of all disks; more goes into the logs
 //!
 //! [targets]
 //! nas = "/mnt/nas/afterimage" # a directory vault
@@ -16,9 +17,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use bytesize::ByteSize;
 use serde::Deserialize;
 
 use crate::base::durable::read_limited;
+use crate::base::limits::PRESERVED_MEMORY_BYTES;
 use crate::base::{Error, ErrorKind, Result};
 
 /// Where the file is when no state folder was given.
@@ -38,11 +41,18 @@ pub struct Config {
     pub group: Option<String>,
     /// Level of the log: error, warn, info, debug or trace.
     pub log_level: Option<String>,
+    /// Preserved blocks in memory, of all disks together; more goes into their HRLs.
+    pub preserved_memory: Option<ByteSize>,
     /// Directory vaults by name.
     pub targets: BTreeMap<String, PathBuf>,
 }
 
 impl Config {
+    /// See `preserved_memory`, in bytes.
+    pub fn preserved_memory_bytes(&self) -> u64 {
+        self.preserved_memory.map_or(PRESERVED_MEMORY_BYTES, |size| size.as_u64())
+    }
+
     /// Reads the file at `path`; the defaults if there is none.
     pub fn load(path: &Path) -> Result<Self> {
         match read_limited(path, CONFIG_BYTES_MAX)? {
@@ -102,5 +112,17 @@ mod tests {
         assert!(e.reason().unwrap().contains("absolute"), "{e}");
         let good = Config::decode(Path::new("/x"), b"[targets]\nnas = \"/n\"\n").unwrap();
         assert_eq!(good.targets["nas"], PathBuf::from("/n"));
+        assert_eq!(good.preserved_memory_bytes(), PRESERVED_MEMORY_BYTES);
+    }
+
+    #[test]
+    fn sizes_are_numbers_or_words() {
+        let bytes = |text: &str| Config::decode(Path::new("/x"), text.as_bytes());
+        for (text, expected) in [("0", 0), ("\"0\"", 0), ("\"64 MiB\"", 64 << 20)] {
+            let config = bytes(&format!("preserved_memory = {text}\n")).unwrap();
+            assert_eq!(config.preserved_memory_bytes(), expected);
+        }
+        let e = bytes("preserved_memory = \"much\"\n").unwrap_err();
+        assert!(e.reason().unwrap().contains("line 1, column 20"), "{e}");
     }
 }

@@ -77,7 +77,7 @@ impl Engine {
         if let Some(name) = &config.policy {
             policies.get(name).map_err(|e| e.with_kind(ErrorKind::Configuration))?;
         }
-        let tracker = Tracker::open(state.root(), boot, clock.clone())?;
+        let tracker = Tracker::open(state.root(), boot, clock.clone(), config.preserved_memory_bytes())?;
         let mounts = Mounts::load(&state)?;
         let views = Views::load(&state)?;
         let (records, errors) = VmRecord::load_all(&state)?;

@@ -15,6 +15,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::disk::DiskSpec;
 use super::hot::HotLog;
+use super::preserve_memory::PreserveMemory;
 use super::shm::{ShmNames, VM_HEARTBEAT};
 use super::start::{Surroundings, open_vm};
 use super::sync::lock;
@@ -36,6 +37,7 @@ pub struct Tracker {
     clock: Arc<dyn Clock>,
     names: ShmNames,
     hot: Arc<HotLog>,
+    memory: Arc<PreserveMemory>,
     vms: Vms,
     stop: Mutex<Option<Sender<()>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -52,8 +54,14 @@ fn boot_began(boot: BootId, now: Timestamp) -> Timestamp {
 
 impl Tracker {
     /// Opens the tracker whose files are in `state_dir` (which must exist). `boot_id` tells shared
-    /// memory of this boot.
-    pub fn open(state_dir: &Path, boot_id: BootId, clock: Arc<dyn Clock>) -> Result<Self> {
+    /// memory of this boot. At most `preserved_bytes` of preserved blocks are kept in memory, of all
+    /// disks together; more goes into their HRLs.
+    pub fn open(
+        state_dir: &Path,
+        boot_id: BootId,
+        clock: Arc<dyn Clock>,
+        preserved_bytes: u64,
+    ) -> Result<Self> {
         let names = ShmNames::new(state_dir, boot_id);
         names.remove_foreign();
         let hot = Arc::new(HotLog::open(state_dir, boot_id)?);
@@ -77,6 +85,7 @@ impl Tracker {
             clock,
             names,
             hot,
+            memory: Arc::new(PreserveMemory::new(preserved_bytes)),
             vms,
             stop: Mutex::new(Some(stop)),
             threads: Mutex::new(vec![heartbeat, cooler]),
@@ -93,6 +102,7 @@ impl Tracker {
             clock: self.clock.clone(),
             hot: self.hot.clone(),
             names: &self.names,
+            memory: &self.memory,
         };
         let vm = open_vm(&around, vm, disks, fresh)?;
         let mut vms = lock(&self.vms);

@@ -466,6 +466,10 @@ impl TrackedDisk for Disk {
     }
 
     fn make_room(&self) -> bool {
+        // Copies in memory take no room: the cut would be given up for nothing.
+        if !self.vm.is_preserved_in_file() {
+            return false;
+        }
         let word = self.vm.word();
         if word.previous() == Previous::Frozen {
             let reason = "the image file system is full";
@@ -534,7 +538,8 @@ mod tests {
             }
         }
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let open = || Clean(Tracker::open(dir.path(), BootId(1), Arc::new(SystemClock::default())).unwrap());
+        let open =
+            || Clean(Tracker::open(dir.path(), BootId(1), Arc::new(SystemClock::default()), 0).unwrap());
         let spec = || DiskSpec {
             id: DiskId(1),
             path: "disk.img".into(),

@@ -6,7 +6,7 @@
 //! | `gate` | writers count in, the cut waits them out and stores | T1, T2 |
 //! | `map` | three block maps per disk | T2, T3 |
 //! | `regions`, `hot` | pins and hot regions; the durable log of them | T6, T7 |
-//! | `preserve` | old content of frozen blocks | T3, T5 |
+//! | `preserve`, `preserve_memory` | old content of frozen blocks, in memory and in the HRL | T3, T5 |
 //! | `vm`, `source` | [`VmTracker`]: cuts, and what the shipper reads | T1 to T6, T9 |
 //! | `book`, `hrl`, `record` | what is pending, and where it is durable | T4, T6 |
 //! | `start` | opening a VM, by the table in `core::recovery` | crash rules |
@@ -25,6 +25,7 @@ mod interleaving_tests;
 mod latency;
 mod map;
 mod preserve;
+mod preserve_memory;
 mod record;
 mod regions;
 mod shared;

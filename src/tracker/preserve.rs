@@ -1,12 +1,14 @@
 //! Preserved blocks (T3, T5): the old content of frozen blocks, saved before it is overwritten.
 //!
-//! A writer copies the block to a place of its own in the frozen HRL, then sets *frozen ->
-//! preserved*; a loser drops its copy. No lock is held over I/O: the index is locked only around
-//! the change of state and the entry, so that whoever sees *preserved* finds the copy.
+//! A writer reads the block, then sets *frozen -> preserved* and keeps what it read; a loser drops
+//! it. The first copies are kept in memory (see `preserve_memory`). Beyond its limit a writer first
+//! writes them to a place of its own in the frozen HRL. No lock is held over I/O: the index is
+//! locked around the change of state and the entry only, so that whoever sees *preserved* finds
+//! the copy.
 //!
 //! Guests come first: when a limit is passed, the file system is short of space, or the copy
-//! fails, the epoch gives up its cut. Killed: the index is gone, and the next process makes an
-//! epoch with preserved blocks give up its cut.
+//! fails, the epoch gives up its cut. Killed: the index is gone, and with it every copy, wherever
+//! it was; the next process makes an epoch with preserved blocks give up its cut.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,12 +20,13 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::fstatvfs;
 
 use super::map::{BlockState, DiskMaps};
+use super::preserve_memory::{Pages, PreserveMemory};
 use super::sync::lock;
 use crate::base::BLOCK_BYTES;
 use crate::base::limits::{IMAGE_FREE_BYTES_MIN, PRESERVE_OPERATION_BYTES_MAX, PRESERVED_PERCENT_MAX};
 use crate::format::hrl::PRESERVED_OFFSET;
 
-const INDEX_SHARDS: usize = 16;
+const SHARDS: usize = 16;
 /// Bytes that may be written before the free space is asked for again.
 const BUDGET_BYTES: u64 = 16 << 20;
 
@@ -52,67 +55,136 @@ impl Limit {
     }
 }
 
+/// Where the copy of a block is.
+#[derive(Clone, Copy)]
+enum Saved {
+    /// Number of its page in memory.
+    Memory(u64),
+    /// Number of its page in the HRL.
+    File(u64),
+}
+
+/// The blocks of a shard: where each is, and those that are in memory.
+#[derive(Default)]
+struct Shard {
+    index: HashMap<u64, Saved>,
+    pages: Pages,
+}
+
 /// Preserved blocks of one disk and epoch.
 pub(crate) struct Preserve {
     pub(crate) epoch: u64,
     file: Arc<File>,
-    /// Slots given out.
+    memory: Arc<PreserveMemory>,
+    /// Copies in memory.
+    held: AtomicU64,
+    /// Copies in memory and in the file, those of losers included.
+    copies: AtomicU64,
+    copies_max: u64,
+    /// Pages of the file given out.
     slots: AtomicU64,
-    slots_max: u64,
     budget: AtomicI64,
     freed: AtomicBool,
-    index: [Mutex<HashMap<u64, u64>>; INDEX_SHARDS],
+    shards: [Mutex<Shard>; SHARDS],
 }
 
 impl Preserve {
     /// For a disk of `size` bytes. The share has a floor of one operation's limit, so that small
     /// disks can be replicated at all.
-    pub(crate) fn new(epoch: u64, file: Arc<File>, size: u64) -> Self {
+    pub(crate) fn new(epoch: u64, file: Arc<File>, memory: Arc<PreserveMemory>, size: u64) -> Self {
         let bytes_max = (size / 100 * PRESERVED_PERCENT_MAX).max(PRESERVE_OPERATION_BYTES_MAX);
         Self {
             epoch,
             file,
+            memory,
+            held: AtomicU64::new(0),
+            copies: AtomicU64::new(0),
+            copies_max: bytes_max / BLOCK_BYTES,
             slots: AtomicU64::new(0),
-            slots_max: bytes_max / BLOCK_BYTES,
             budget: AtomicI64::new(0),
             freed: AtomicBool::new(false),
-            index: Default::default(),
+            shards: Default::default(),
         }
     }
 
-    fn shard(&self, block: u64) -> &Mutex<HashMap<u64, u64>> {
-        &self.index[block as usize % INDEX_SHARDS]
+    fn shard(&self, block: u64) -> &Mutex<Shard> {
+        &self.shards[block as usize % SHARDS]
     }
 
     /// Bytes saved, those of losers included.
     pub(crate) fn bytes(&self) -> u64 {
-        if self.freed.load(SeqCst) { 0 } else { self.slots.load(SeqCst) * BLOCK_BYTES }
+        if self.freed.load(SeqCst) { 0 } else { self.copies.load(SeqCst) * BLOCK_BYTES }
+    }
+
+    /// Whether copies take room in the file.
+    pub(crate) fn is_in_file(&self) -> bool {
+        self.slots.load(SeqCst) > 0
     }
 
     /// Saves `content`, one block after another from block `first` on, for those that are still
     /// frozen in `map`.
     pub(crate) fn save(&self, maps: &DiskMaps, map: usize, first: u64, content: &[u8]) -> Result<(), Limit> {
         let blocks = content.len() as u64 / BLOCK_BYTES;
+        // Counted first, so that writers together do not pass the share.
+        let copies = self.copies.fetch_add(blocks, SeqCst) + blocks;
+        let result = if copies > self.copies_max {
+            Err(Limit::Share)
+        } else {
+            self.save_counted(maps, map, first, content)
+        };
+        if result.is_err() {
+            self.copies.fetch_sub(blocks, SeqCst);
+        }
+        // Freed meanwhile: the copies may be gone, and the cut has been given up already.
+        if self.freed.load(SeqCst) { Err(Limit::Closed) } else { result }
+    }
+
+    fn save_counted(&self, maps: &DiskMaps, map: usize, first: u64, content: &[u8]) -> Result<(), Limit> {
+        let pages = || (first..).zip(content.chunks_exact(BLOCK_BYTES as usize));
+        let kept = pages().take_while(|(block, page)| self.hold(maps, map, *block, page)).count();
+        let rest = content.get(kept * BLOCK_BYTES as usize..).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let slots = self.write(rest)?;
+        for ((block, _), slot) in pages().skip(kept).zip(slots..) {
+            let mut shard = lock(self.shard(block));
+            if maps.settle(map, block, BlockState::Preserved).is_ok() {
+                shard.index.insert(block, Saved::File(slot));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a block in memory, unless another one was first. `false`: there is no room.
+    fn hold(&self, maps: &DiskMaps, map: usize, block: u64, page: &[u8]) -> bool {
+        let mut shard = lock(self.shard(block));
+        if self.freed.load(SeqCst) || !self.memory.take(&self.held) {
+            return false;
+        }
+        let has_room = shard.pages.has_room();
+        if has_room && maps.settle(map, block, BlockState::Preserved).is_ok() {
+            let number = shard.pages.push(page);
+            shard.index.insert(block, Saved::Memory(number));
+        } else {
+            self.memory.give_back(&self.held, 1);
+        }
+        has_room
+    }
+
+    /// Writes blocks into the file; the first of their pages.
+    fn write(&self, content: &[u8]) -> Result<u64, Limit> {
+        let blocks = content.len() as u64 / BLOCK_BYTES;
         self.reserve(blocks)?;
         // A place of its own: nobody else writes to these slots.
         let slot = self.slots.fetch_add(blocks, SeqCst);
         self.file.write_all_at(content, PRESERVED_OFFSET + slot * BLOCK_BYTES).map_err(|_| Limit::Io)?;
-        for i in 0..blocks {
-            let mut index = lock(self.shard(first + i));
-            if maps.settle(map, first + i, BlockState::Preserved).is_ok() {
-                index.insert(first + i, slot + i);
-            }
-        }
-        // Freed meanwhile: the copies may be gone, and the cut has been given up already.
-        if self.freed.load(SeqCst) { Err(Limit::Closed) } else { Ok(()) }
+        Ok(slot)
     }
 
     fn reserve(&self, blocks: u64) -> Result<(), Limit> {
         if self.freed.load(SeqCst) {
             return Err(Limit::Closed);
-        }
-        if self.slots.load(SeqCst) + blocks > self.slots_max {
-            return Err(Limit::Share);
         }
         let bytes = i64::try_from(blocks * BLOCK_BYTES).map_err(|_| Limit::Share)?;
         if self.budget.fetch_sub(bytes, SeqCst) >= bytes {
@@ -128,10 +200,22 @@ impl Preserve {
         if left < 0 { Err(Limit::Space) } else { Ok(()) }
     }
 
-    /// Reads the copy of a preserved block. `false`: there is none, or it cannot be read.
+    /// Reads the copy of a preserved block into a buffer of one block. `false`: there is none, or
+    /// it cannot be read.
     pub(crate) fn read(&self, block: u64, buffer: &mut [u8]) -> bool {
-        let slot = lock(self.shard(block)).get(&block).copied();
-        slot.is_some_and(|s| self.file.read_exact_at(buffer, PRESERVED_OFFSET + s * BLOCK_BYTES).is_ok())
+        let slot = {
+            let shard = lock(self.shard(block));
+            match shard.index.get(&block) {
+                None => return false,
+                Some(Saved::File(slot)) => *slot,
+                Some(Saved::Memory(number)) => {
+                    let page = shard.pages.get(*number).filter(|p| p.len() == buffer.len());
+                    page.inspect(|p| buffer.copy_from_slice(p));
+                    return page.is_some();
+                }
+            }
+        };
+        self.file.read_exact_at(buffer, PRESERVED_OFFSET + slot * BLOCK_BYTES).is_ok()
     }
 
     /// Nothing is saved any more.
@@ -139,14 +223,105 @@ impl Preserve {
         self.freed.store(true, SeqCst);
     }
 
-    /// Gives the space back. Closed, and after that given up, before: else a copy that is read
-    /// and believed could go. Whether there was any.
-    pub(crate) fn punch(&self) -> bool {
+    /// Gives memory and space back. Closed, and after that given up, before: else a copy that is
+    /// read and believed could go. Whether the file got smaller.
+    pub(crate) fn free(&self) -> bool {
+        self.forget_pages();
         let length = self.slots.load(SeqCst) * BLOCK_BYTES;
         if length > 0 {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             let _ = fallocate(&self.file, flags, PRESERVED_OFFSET as i64, length as i64);
         }
         length > 0
+    }
+
+    fn forget_pages(&self) {
+        for shard in &self.shards {
+            let shard = std::mem::take(&mut *lock(shard));
+            self.memory.give_back(&self.held, shard.pages.len());
+        }
+    }
+}
+
+impl Drop for Preserve {
+    fn drop(&mut self) {
+        self.forget_pages();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::BootId;
+    use crate::tracker::shm::{Shm, ShmNames};
+
+    const RUN: u64 = 16;
+    const BLOCKS: u64 = 40 * RUN;
+
+    fn content(block: u64) -> Vec<u8> {
+        vec![(block % 251) as u8; BLOCK_BYTES as usize]
+    }
+
+    /// Every block saved in runs, with memory for `held` of them.
+    fn saved(held: u64) -> (Preserve, DiskMaps, Arc<PreserveMemory>, Arc<File>) {
+        let dir = tempfile::tempdir().unwrap();
+        let names = ShmNames::new(dir.path(), BootId(1));
+        let maps = DiskMaps::new(Shm::disk(&names, 5).unwrap().0).unwrap();
+        names.remove_all();
+        maps.ensure(0..BLOCKS).unwrap();
+        assert!(maps.mark(1, 0..BLOCKS));
+        let file = Arc::new(tempfile::tempfile_in(dir.path()).unwrap());
+        let memory = Arc::new(PreserveMemory::new(2 * held * BLOCK_BYTES));
+        let preserve = Preserve::new(1, file.clone(), memory.clone(), 1 << 20);
+        for first in (0..BLOCKS).step_by(RUN as usize) {
+            let run: Vec<u8> = (first..first + RUN).flat_map(content).collect();
+            assert_eq!(preserve.save(&maps, 1, first, &run), Ok(()));
+        }
+        (preserve, maps, memory, file)
+    }
+
+    fn assert_readable(preserve: &Preserve) {
+        let mut buffer = content(0);
+        for block in 0..BLOCKS {
+            assert!(preserve.read(block, &mut buffer));
+            assert_eq!(buffer, content(block), "block {block}");
+        }
+    }
+
+    /// Copies in memory up to the limit, the rest in the file, none mixed up; memory is given back.
+    #[test]
+    fn what_memory_does_not_hold_is_in_the_file() {
+        for held in [0, 1, 20 * RUN + 5, 2 * BLOCKS] {
+            let (preserve, maps, memory, file) = saved(held);
+            assert_readable(&preserve);
+            // A loser's copy is dropped.
+            assert_eq!(preserve.save(&maps, 1, 7, &content(8)), Ok(()));
+            assert_readable(&preserve);
+            assert_eq!(preserve.bytes(), (BLOCKS + 1) * BLOCK_BYTES);
+            let in_memory = preserve.held.load(SeqCst);
+            assert_eq!(in_memory, held.min(BLOCKS));
+            assert_eq!(preserve.is_in_file(), in_memory < BLOCKS);
+            assert_eq!(file.metadata().unwrap().len() > PRESERVED_OFFSET, in_memory < BLOCKS);
+            preserve.close();
+            assert_eq!(preserve.save(&maps, 1, 9, &content(9)), Err(Limit::Closed));
+            assert_eq!(preserve.free(), in_memory < BLOCKS);
+            assert!(memory.is_unused());
+            assert!(!preserve.read(0, &mut content(0)), "given up: whoever asks hears of it");
+            let (preserve, _, memory, _) = saved(held);
+            drop(preserve);
+            assert!(memory.is_unused(), "acknowledged");
+        }
+    }
+
+    /// The share counts wherever the copies are, and what was refused is not counted.
+    #[test]
+    fn the_share_ends_memory_and_file() {
+        for held in [0, 1 << 20] {
+            let (preserve, maps, ..) = saved(held);
+            let left = PRESERVE_OPERATION_BYTES_MAX / BLOCK_BYTES - BLOCKS;
+            let run = vec![0; (left * BLOCK_BYTES) as usize];
+            assert_eq!(preserve.save(&maps, 1, 0, &[&run[..], &content(1)].concat()), Err(Limit::Share));
+            assert_eq!(preserve.bytes(), BLOCKS * BLOCK_BYTES);
+        }
     }
 }

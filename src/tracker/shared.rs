@@ -8,6 +8,7 @@ use super::gate::{EpochWord, Gate, Previous, announce_give_up};
 use super::hot::HotLog;
 use super::latency::Histogram;
 use super::preserve::Preserve;
+use super::preserve_memory::PreserveMemory;
 use super::shm::{Shm, VM_EPOCH, VM_TRACKING};
 use super::sync::{Std, lock};
 use super::vm::GiveUps;
@@ -28,6 +29,8 @@ pub(crate) struct VmShared {
     pub(crate) give_ups: Mutex<GiveUps>,
     /// Where blocks of the frozen epoch are saved, of every disk.
     pub(crate) preserves: Mutex<Vec<Arc<Preserve>>>,
+    /// Of the process.
+    pub(crate) memory: Arc<PreserveMemory>,
 }
 
 impl VmShared {
@@ -63,7 +66,13 @@ impl VmShared {
         self.shm.field(VM_TRACKING).store(rand::random::<u64>().max(1), SeqCst);
     }
 
-    /// Frees what was preserved for the frozen epoch, which gives up its cut. Whether there was any.
+    /// Whether preserved blocks take room in a file.
+    pub(crate) fn is_preserved_in_file(&self) -> bool {
+        lock(&self.preserves).iter().any(|p| p.is_in_file())
+    }
+
+    /// Frees what was preserved for the frozen epoch, which gives up its cut. Whether a file got
+    /// smaller.
     ///
     /// The stores may be those of an epoch whose cut comes just now. Closed first: if the cut comes
     /// after the announcement, no writer saves anything; if before, readers hear of the give-up
@@ -74,6 +83,6 @@ impl VmShared {
         for p in &preserves {
             self.announce_give_up(p.epoch, "space for saved content was needed", 0);
         }
-        preserves.iter().filter(|p| p.punch()).count() > 0
+        preserves.iter().filter(|p| p.free()).count() > 0
     }
 }

@@ -20,6 +20,7 @@ use super::hrl::{HrlFound, discard, find};
 use super::latency::Histogram;
 use super::map::{BlockState, DiskMaps};
 use super::preserve::Preserve;
+use super::preserve_memory::PreserveMemory;
 use super::record::{DiskStat, VmRecord};
 use super::shared::VmShared;
 use super::shm::{
@@ -44,6 +45,7 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) hot: Arc<HotLog>,
     pub(crate) names: &'a ShmNames,
+    pub(crate) memory: &'a Arc<PreserveMemory>,
 }
 
 /// A disk with what was found about it.
@@ -126,6 +128,7 @@ pub(crate) fn open_vm(
         mutation: Mutation::from_environment(),
         give_ups: Mutex::new(GiveUps::default()),
         preserves: Mutex::new(Vec::new()),
+        memory: around.memory.clone(),
     });
     let recovered =
         disks.iter().map(|d| RecoveredDisk { id: d.spec.id, label: d.label, reason: d.reason }).collect();
@@ -357,7 +360,9 @@ fn resume_frozen(entry: &mut Entry, epoch: u64) -> bool {
         return false;
     }
     let size = disk.maps.shm().field(DISK_CUT_SIZE + map).load(SeqCst);
-    let store = entry.try_hrl(epoch).map(|h| Arc::new(Preserve::new(epoch, h.file().clone(), size)));
+    let file = entry.try_hrl(epoch).map(|h| h.file().clone());
+    let memory = &disk.vm.memory;
+    let store = file.map(|file| Arc::new(Preserve::new(epoch, file, memory.clone(), size)));
     super::sync::lock(&disk.vm.preserves).extend(store.clone());
     *super::sync::lock(&disk.preserve[map]) = store;
     true

@@ -419,7 +419,8 @@ impl VmTracker {
                 }
                 let size = disk.lower.metadata().map_or(0, |m| m.len());
                 let store = entry.try_hrl(epoch).map(|h| h.file().clone());
-                let store = store.map(|file| Arc::new(Preserve::new(epoch, file, size)));
+                let memory = &self.shared.memory;
+                let store = store.map(|file| Arc::new(Preserve::new(epoch, file, memory.clone(), size)));
                 lock(&self.shared.preserves).extend(store.clone());
                 *lock(&disk.preserve[EpochWord::map_of(epoch)]) = store;
             }

@@ -39,6 +39,12 @@ impl Host {
         Self { state: state.to_owned(), _watchdog: watchdog }
     }
 
+    /// Preserved blocks beyond this go into the logs; said before the first command.
+    pub fn keeps_preserved(&self, memory: &str) {
+        let line = format!("preserved_memory = \"{memory}\"\n");
+        fs::write(self.state.join("afterimage.toml"), line).unwrap();
+    }
+
     pub fn state(&self) -> &Path {
         &self.state
     }

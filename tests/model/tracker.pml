@@ -84,7 +84,7 @@ byte mk[NM];            /* map: marked blocks */
 byte rd[NM];            /* ... of these, read by the shipper    (frozen -> read) */
 byte pr[NM];            /* ... of these, preserved by a writer  (frozen -> preserved) */
 #define FROZEN(m,b) ((mk[m] & BIT(b)) && !((rd[m] | pr[m]) & BIT(b)))
-byte pcopy[NS];         /* preserved blocks, in the frozen HRL */
+byte pcopy[NS];         /* preserved blocks, in memory or in the frozen HRL */
 bit  fz;                /* an epoch is frozen: number PREV(E) */
 #define F PREV(E)
 bit  gaveup;            /* the frozen epoch has given up its cut */

@@ -26,6 +26,8 @@ pub struct Rig {
     dir: tempfile::TempDir,
     random: SmallRng,
     size_max: u64,
+    /// Preserved blocks in memory; more is in the HRLs.
+    pub preserved_bytes: u64,
     tracker: Option<Tracker>,
     vm: Option<Arc<VmTracker>>,
     /// Where the first disk is.
@@ -74,6 +76,7 @@ impl Rig {
             dir,
             random,
             size_max,
+            preserved_bytes: [0, 4 * BLOCK, 32 << 20][seed as usize / 2 % 3],
             tracker: None,
             vm: None,
             first: "disk1.img".into(),
@@ -121,7 +124,8 @@ impl Rig {
 
     fn open_with(&mut self, boot: BootId, specs: Vec<DiskSpec>, fresh: bool) -> Result<()> {
         let state = self.dir.path().join("state");
-        let tracker = Tracker::open(&state, boot, Arc::new(SystemClock::default())).unwrap();
+        let tracker =
+            Tracker::open(&state, boot, Arc::new(SystemClock::default()), self.preserved_bytes).unwrap();
         let vm = tracker.open_vm(VmId(77), specs, fresh);
         self.tracker = Some(tracker);
         self.vm = Some(vm?);

@@ -115,6 +115,7 @@ fn a_full_image_file_system_is_no_matter_for_a_guest_that_overwrites() {
     fs::write(lower.join("a.img"), vec![1; usize::try_from(BYTES).unwrap()]).unwrap();
     run("sync", &["-f", text(lower)]);
     let host = Host::new("images-full", &scratch.path().join("state"));
+    host.keeps_preserved("0");
     host.mount(lower, &mounted);
     let disk = mounted.join("a.img");
     host.protect("web1", &[&disk], "1s");

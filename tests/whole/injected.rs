@@ -21,6 +21,7 @@ impl Rig {
         let (lower, mounted) = (scratch.dir("lower"), scratch.dir("mounted"));
         sparse(&lower.join("a.img"), BYTES);
         let host = Host::new(name, &scratch.path().join("state"));
+        host.keeps_preserved("0");
         host.mount(&lower, &mounted);
         let disk = mounted.join("a.img");
         host.protect("web1", &[&disk], "1s");

@@ -31,6 +31,7 @@ impl Rig {
             mounted.join(name)
         });
         let host = Host::new(name, &scratch.path().join("state"));
+        host.keeps_preserved("256 KiB");
         host.mount(&lower, &mounted);
         host.protect("web1", &[&disks[0], &disks[1]], "1s");
         let load = Load::start(&disks, BYTES / 512, true);

@@ -51,7 +51,10 @@ pub(super) fn inspect(path: &Path, file: File) -> Result<Inspection> {
     if runs > RUNS_TOLD_MAX {
         out.say(format!("  and {} more runs: --json has all", runs - RUNS_TOLD_MAX));
     }
-    out.say(format!("preserved: {}", human(preserved)));
+    out.say(format!(
+        "preserved: {} in this file (the first ones are in the daemon's memory)",
+        human(preserved)
+    ));
     log.records.iter().for_each(|r| out.say(record(r)));
     for spot in &log.damaged {
         let place = format!("{} bytes at {}", spot.length, spot.offset);
@@ -90,7 +93,7 @@ fn record(record: &HrlRecord) -> String {
     }
 }
 
-/// Bytes of preserved blocks: what is data behind [`PRESERVED_OFFSET`].
+/// Bytes of preserved blocks in the file: what is data behind [`PRESERVED_OFFSET`].
 fn preserved_bytes(file: &File) -> u64 {
     let mut at = i64::try_from(PRESERVED_OFFSET).unwrap_or(i64::MAX);
     let mut total = 0u64;
