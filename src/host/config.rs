@@ -21,7 +21,7 @@ use bytesize::ByteSize;
 use serde::Deserialize;
 
 use crate::base::durable::read_limited;
-use crate::base::limits::PRESERVED_MEMORY_BYTES;
+use crate::base::limits::{PRESERVED_MEMORY_BYTES, PRESERVED_MEMORY_BYTES_MAX};
 use crate::base::{Error, ErrorKind, Result};
 
 /// Where the file is when no state folder was given.
@@ -41,7 +41,8 @@ pub struct Config {
     pub group: Option<String>,
     /// Level of the log: error, warn, info, debug or trace.
     pub log_level: Option<String>,
-    /// Preserved blocks in memory, of all disks together; more goes into their HRLs.
+    /// Preserved blocks in memory, of all disks together, of which one gets at most half; more goes
+    /// into their HRLs.
     pub preserved_memory: Option<ByteSize>,
     /// Directory vaults by name.
     pub targets: BTreeMap<String, PathBuf>,
@@ -77,6 +78,10 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), String> {
+        if self.preserved_memory_bytes() > PRESERVED_MEMORY_BYTES_MAX {
+            let most = ByteSize(PRESERVED_MEMORY_BYTES_MAX).display().iec();
+            return Err(format!("preserved_memory is locked memory; it can be {most} at most"));
+        }
         if let Some(level) = &self.log_level {
             level.parse::<log::LevelFilter>().map_err(|_| {
                 format!("log_level is {level:?}; it can be error, warn, info, debug or trace")
@@ -124,5 +129,7 @@ mod tests {
         }
         let e = bytes("preserved_memory = \"much\"\n").unwrap_err();
         assert!(e.reason().unwrap().contains("line 1, column 20"), "{e}");
+        let e = bytes("preserved_memory = \"2 TiB\"\n").unwrap_err();
+        assert!(e.reason().unwrap().contains("at most"), "{e}");
     }
 }

@@ -466,16 +466,7 @@ impl TrackedDisk for Disk {
     }
 
     fn make_room(&self) -> bool {
-        // Copies in memory take no room: the cut would be given up for nothing.
-        if !self.vm.is_preserved_in_file() {
-            return false;
-        }
-        let word = self.vm.word();
-        if word.previous() == Previous::Frozen {
-            let reason = "the image file system is full";
-            self.vm.announce_give_up(word.epoch() - 1, reason, 0);
-        }
-        self.vm.free_preserved()
+        self.vm.make_room()
     }
 
     fn sync_begins(&self) -> SyncMark {

@@ -55,37 +55,37 @@ impl Limit {
     }
 }
 
-/// Where the copy of a block is.
+/// Where the copy of a block is: the number of its page in memory or, with [`Saved::FILE`], in the
+/// HRL. One word, since there can be millions.
 #[derive(Clone, Copy)]
-enum Saved {
-    /// Number of its page in memory.
-    Memory(u64),
-    /// Number of its page in the HRL.
-    File(u64),
+struct Saved(u64);
+
+impl Saved {
+    const FILE: u64 = 1 << 63;
+
+    fn slot(self) -> Option<u64> {
+        (self.0 & Self::FILE != 0).then_some(self.0 & !Self::FILE)
+    }
 }
 
-/// The blocks of a shard: where each is, and those that are in memory.
-#[derive(Default)]
-struct Shard {
-    index: HashMap<u64, Saved>,
-    pages: Pages,
-}
+type Index = HashMap<u64, Saved>;
 
 /// Preserved blocks of one disk and epoch.
 pub(crate) struct Preserve {
     pub(crate) epoch: u64,
     file: Arc<File>,
     memory: Arc<PreserveMemory>,
-    /// Copies in memory.
+    pages: Mutex<Pages>,
+    /// Room taken in memory, in pages.
     held: AtomicU64,
-    /// Copies in memory and in the file, those of losers included.
+    /// Copies made or about to be, in memory and in the file, those of losers included.
     copies: AtomicU64,
     copies_max: u64,
     /// Pages of the file given out.
     slots: AtomicU64,
     budget: AtomicI64,
     freed: AtomicBool,
-    shards: [Mutex<Shard>; SHARDS],
+    index: [Mutex<Index>; SHARDS],
 }
 
 impl Preserve {
@@ -97,18 +97,19 @@ impl Preserve {
             epoch,
             file,
             memory,
+            pages: Mutex::default(),
             held: AtomicU64::new(0),
             copies: AtomicU64::new(0),
             copies_max: bytes_max / BLOCK_BYTES,
             slots: AtomicU64::new(0),
             budget: AtomicI64::new(0),
             freed: AtomicBool::new(false),
-            shards: Default::default(),
+            index: Default::default(),
         }
     }
 
-    fn shard(&self, block: u64) -> &Mutex<Shard> {
-        &self.shards[block as usize % SHARDS]
+    fn shard(&self, block: u64) -> &Mutex<Index> {
+        &self.index[block as usize % SHARDS]
     }
 
     /// Bytes saved, those of losers included.
@@ -148,9 +149,10 @@ impl Preserve {
         }
         let slots = self.write(rest)?;
         for ((block, _), slot) in pages().skip(kept).zip(slots..) {
-            let mut shard = lock(self.shard(block));
+            let mut index = lock(self.shard(block));
+            index.try_reserve(1).map_err(|_| Limit::Io)?;
             if maps.settle(map, block, BlockState::Preserved).is_ok() {
-                shard.index.insert(block, Saved::File(slot));
+                index.insert(block, Saved(slot | Saved::FILE));
             }
         }
         Ok(())
@@ -158,14 +160,14 @@ impl Preserve {
 
     /// Keeps a block in memory, unless another one was first. `false`: there is no room.
     fn hold(&self, maps: &DiskMaps, map: usize, block: u64, page: &[u8]) -> bool {
-        let mut shard = lock(self.shard(block));
+        let mut index = lock(self.shard(block));
+        let mut pages = lock(&self.pages);
         if self.freed.load(SeqCst) || !self.memory.take(&self.held) {
             return false;
         }
-        let has_room = shard.pages.has_room();
+        let has_room = pages.has_room() && index.try_reserve(1).is_ok();
         if has_room && maps.settle(map, block, BlockState::Preserved).is_ok() {
-            let number = shard.pages.push(page);
-            shard.index.insert(block, Saved::Memory(number));
+            index.insert(block, Saved(pages.push(page)));
         } else {
             self.memory.give_back(&self.held, 1);
         }
@@ -178,8 +180,12 @@ impl Preserve {
         self.reserve(blocks)?;
         // A place of its own: nobody else writes to these slots.
         let slot = self.slots.fetch_add(blocks, SeqCst);
-        self.file.write_all_at(content, PRESERVED_OFFSET + slot * BLOCK_BYTES).map_err(|_| Limit::Io)?;
-        Ok(slot)
+        let written = self.file.write_all_at(content, PRESERVED_OFFSET + slot * BLOCK_BYTES);
+        if self.freed.load(SeqCst) {
+            // Perhaps after the others were freed.
+            self.punch(slot, blocks);
+        }
+        written.map(|()| slot).map_err(|_| Limit::Io)
     }
 
     fn reserve(&self, blocks: u64) -> Result<(), Limit> {
@@ -203,19 +209,13 @@ impl Preserve {
     /// Reads the copy of a preserved block into a buffer of one block. `false`: there is none, or
     /// it cannot be read.
     pub(crate) fn read(&self, block: u64, buffer: &mut [u8]) -> bool {
-        let slot = {
-            let shard = lock(self.shard(block));
-            match shard.index.get(&block) {
-                None => return false,
-                Some(Saved::File(slot)) => *slot,
-                Some(Saved::Memory(number)) => {
-                    let page = shard.pages.get(*number).filter(|p| p.len() == buffer.len());
-                    page.inspect(|p| buffer.copy_from_slice(p));
-                    return page.is_some();
-                }
-            }
+        let Some(saved) = lock(self.shard(block)).get(&block).copied() else {
+            return false;
         };
-        self.file.read_exact_at(buffer, PRESERVED_OFFSET + slot * BLOCK_BYTES).is_ok()
+        if let Some(slot) = saved.slot() {
+            return self.file.read_exact_at(buffer, PRESERVED_OFFSET + slot * BLOCK_BYTES).is_ok();
+        }
+        lock(&self.pages).read(saved.0, buffer)
     }
 
     /// Nothing is saved any more.
@@ -223,29 +223,30 @@ impl Preserve {
         self.freed.store(true, SeqCst);
     }
 
-    /// Gives memory and space back. Closed, and after that given up, before: else a copy that is
-    /// read and believed could go. Whether the file got smaller.
-    pub(crate) fn free(&self) -> bool {
-        self.forget_pages();
-        let length = self.slots.load(SeqCst) * BLOCK_BYTES;
-        if length > 0 {
-            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            let _ = fallocate(&self.file, flags, PRESERVED_OFFSET as i64, length as i64);
-        }
-        length > 0
+    /// Gives memory back. Closed and given up before: else a copy that is read and believed could go.
+    pub(crate) fn free_memory(&self) {
+        self.index.iter().for_each(|shard| drop(std::mem::take(&mut *lock(shard))));
+        let pages = std::mem::take(&mut *lock(&self.pages));
+        self.memory.give_back(&self.held, pages.len());
     }
 
-    fn forget_pages(&self) {
-        for shard in &self.shards {
-            let shard = std::mem::take(&mut *lock(shard));
-            self.memory.give_back(&self.held, shard.pages.len());
-        }
+    /// Gives memory and space back, under the same conditions. Whether there is more space now.
+    pub(crate) fn free(&self) -> bool {
+        self.free_memory();
+        let slots = self.slots.load(SeqCst);
+        slots > 0 && self.punch(0, slots)
+    }
+
+    fn punch(&self, slot: u64, slots: u64) -> bool {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let (start, length) = (PRESERVED_OFFSET + slot * BLOCK_BYTES, slots * BLOCK_BYTES);
+        fallocate(&self.file, flags, start as i64, length as i64).is_ok()
     }
 }
 
 impl Drop for Preserve {
     fn drop(&mut self) {
-        self.forget_pages();
+        self.free_memory();
     }
 }
 
@@ -322,6 +323,7 @@ mod tests {
             let run = vec![0; (left * BLOCK_BYTES) as usize];
             assert_eq!(preserve.save(&maps, 1, 0, &[&run[..], &content(1)].concat()), Err(Limit::Share));
             assert_eq!(preserve.bytes(), BLOCKS * BLOCK_BYTES);
+            assert_eq!(preserve.save(&maps, 1, 0, &run), Ok(()), "what just fits");
         }
     }
 }

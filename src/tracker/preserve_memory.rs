@@ -9,7 +9,7 @@ use crate::base::BLOCK_BYTES;
 
 /// Bytes asked of the allocator at once: what is that large goes back to the kernel when it is
 /// freed (`filter::sys::return_large_buffers`), and takes memory only as it is filled.
-const SLAB_BYTES: usize = 512 << 10;
+const SLAB_BYTES: usize = 256 << 10;
 
 /// The limit, and how much of it is taken, in blocks.
 pub(crate) struct PreserveMemory {
@@ -81,15 +81,21 @@ impl Pages {
 
     /// Number of pages.
     pub(crate) fn len(&self) -> u64 {
-        self.slabs.iter().map(|s| s.len() as u64).sum::<u64>() / BLOCK_BYTES
+        let full = self.slabs.len().saturating_sub(1) * SLAB_BYTES;
+        (full + self.slabs.last().map_or(0, Vec::len)) as u64 / BLOCK_BYTES
     }
 
-    /// The content of a block, by its number.
-    pub(crate) fn get(&self, number: u64) -> Option<&[u8]> {
+    /// Reads the content of a block, by its number, into a buffer of one block. `false`: there is
+    /// none.
+    pub(crate) fn read(&self, number: u64, buffer: &mut [u8]) -> bool {
         let per_slab = SLAB_BYTES as u64 / BLOCK_BYTES;
-        let slab = self.slabs.get((number / per_slab) as usize)?;
         let start = (number % per_slab * BLOCK_BYTES) as usize;
-        slab.get(start..start + BLOCK_BYTES as usize)
+        let slab = self.slabs.get((number / per_slab) as usize);
+        let page = slab.and_then(|s| s.get(start..start + buffer.len()));
+        if let Some(page) = page {
+            buffer.copy_from_slice(page);
+        }
+        page.is_some()
     }
 }
 
@@ -122,7 +128,8 @@ mod tests {
             assert!(pages.has_room());
             assert_eq!(pages.push(&content(n)), n);
         }
-        assert!((0..count).all(|n| pages.get(n) == Some(&content(n)[..])));
-        assert_eq!(pages.get(count), None);
+        let mut buffer = content(0);
+        assert!((0..count).all(|n| pages.read(n, &mut buffer) && buffer == content(n)));
+        assert!(!pages.read(count, &mut buffer));
     }
 }

@@ -29,6 +29,8 @@ pub(crate) struct VmShared {
     pub(crate) give_ups: Mutex<GiveUps>,
     /// Where blocks of the frozen epoch are saved, of every disk.
     pub(crate) preserves: Mutex<Vec<Arc<Preserve>>>,
+    /// The last epoch whose preserved blocks made room for guests.
+    pub(crate) emptied: Mutex<u64>,
     /// Of the process.
     pub(crate) memory: Arc<PreserveMemory>,
 }
@@ -58,6 +60,12 @@ impl VmShared {
             give_ups.in_a_row = give_ups.in_a_row.saturating_add(1);
             give_ups.reason = Some(reason.to_owned());
             give_ups.needed_bytes = needed_bytes;
+            drop(give_ups);
+            // Its copies are of no use to anybody, and other disks may want their room.
+            for p in lock(&self.preserves).iter().filter(|p| p.epoch == epoch) {
+                p.close();
+                p.free_memory();
+            }
         }
     }
 
@@ -66,13 +74,26 @@ impl VmShared {
         self.shm.field(VM_TRACKING).store(rand::random::<u64>().max(1), SeqCst);
     }
 
-    /// Whether preserved blocks take room in a file.
-    pub(crate) fn is_preserved_in_file(&self) -> bool {
-        lock(&self.preserves).iter().any(|p| p.is_in_file())
+    /// T5: makes room for guests: if old content takes space in a file, the frozen epoch gives up
+    /// its cut. Whether there is more space: also if another writer has just made it.
+    ///
+    /// Copies in memory take no space: the cut would be given up for nothing.
+    pub(crate) fn make_room(&self) -> bool {
+        let mut emptied = lock(&self.emptied);
+        let frozen = self.word().epoch() - 1;
+        let takes_space = lock(&self.preserves).iter().any(|p| p.epoch == frozen && p.is_in_file());
+        if !takes_space {
+            return *emptied == frozen;
+        }
+        self.announce_give_up(frozen, "the image file system is full", 0);
+        if self.free_preserved() {
+            *emptied = frozen;
+        }
+        *emptied == frozen
     }
 
-    /// Frees what was preserved for the frozen epoch, which gives up its cut. Whether a file got
-    /// smaller.
+    /// Frees what was preserved for the frozen epoch, which gives up its cut. Whether there is more
+    /// space now.
     ///
     /// The stores may be those of an epoch whose cut comes just now. Closed first: if the cut comes
     /// after the announcement, no writer saves anything; if before, readers hear of the give-up

@@ -97,7 +97,7 @@ impl Rig {
         }
     }
 
-    fn file(&self, id: u128) -> File {
+    pub fn file(&self, id: u128) -> File {
         OpenOptions::new().read(true).write(true).open(self.path(id)).unwrap()
     }
 

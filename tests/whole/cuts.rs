@@ -35,7 +35,7 @@ fn cuts_are_consistent_across_disks_under_load() {
         mounted.join(name)
     });
     let host = Host::new("cuts", &scratch.path().join("state"));
-    // Both places are used in each epoch.
+    // Less than an epoch can need: memory and file are both used.
     host.keeps_preserved("256 KiB");
     host.mount(&lower, &mounted);
     host.protect("web1", &[&disks[0], &disks[1]], "1s");

@@ -106,16 +106,27 @@ fn a_vault_that_is_gone_is_no_matter_for_the_guest() {
     assert!(host.points("web1").len() > points, "older points are still there");
 }
 
+/// With old content in the logs, for which there is no space.
 #[test]
 fn a_full_image_file_system_is_no_matter_for_a_guest_that_overwrites() {
-    let scratch = Scratch::new("images-full");
+    overwrite_on_a_full_file_system("images-full", "0");
+}
+
+/// With old content in memory.
+#[test]
+fn a_full_image_file_system_is_no_matter_when_old_content_is_in_memory() {
+    overwrite_on_a_full_file_system("images-full-memory", "32 MiB");
+}
+
+fn overwrite_on_a_full_file_system(name: &str, memory: &str) {
+    let scratch = Scratch::new(name);
     let mounted = scratch.dir("mounted");
     let images = Volume::make(&scratch.path().join("images.fs"), Kind::Ext4, 96, &scratch.dir("images"));
     let lower = images.dir();
     fs::write(lower.join("a.img"), vec![1; usize::try_from(BYTES).unwrap()]).unwrap();
     run("sync", &["-f", text(lower)]);
-    let host = Host::new("images-full", &scratch.path().join("state"));
-    host.keeps_preserved("0");
+    let host = Host::new(name, &scratch.path().join("state"));
+    host.keeps_preserved(memory);
     host.mount(lower, &mounted);
     let disk = mounted.join("a.img");
     host.protect("web1", &[&disk], "1s");

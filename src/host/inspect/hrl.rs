@@ -52,7 +52,7 @@ pub(super) fn inspect(path: &Path, file: File) -> Result<Inspection> {
         out.say(format!("  and {} more runs: --json has all", runs - RUNS_TOLD_MAX));
     }
     out.say(format!(
-        "preserved: {} in this file (the first ones are in the daemon's memory)",
+        "preserved: {} in this file; of a log in use, the daemon may hold more in memory",
         human(preserved)
     ));
     log.records.iter().for_each(|r| out.say(record(r)));
