@@ -1,6 +1,7 @@
 //! A folder whose mounts, loop devices and files end with it.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -31,6 +32,14 @@ impl Scratch {
         Self { path: Self::folder(name), _machine: Machine::Shared { _guard: guard } }
     }
 
+    /// For a test whose programs become other users: these may search every folder above.
+    pub fn searchable(name: &str) -> Self {
+        let guard = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+        let path = Self::folder_in(Path::new("/var/tmp"), name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Self { path, _machine: Machine::Shared { _guard: guard } }
+    }
+
     /// For a test that makes a mount namespace: waits until no other test runs.
     pub fn alone(name: &str) -> Self {
         let guard = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
@@ -40,6 +49,10 @@ impl Scratch {
     fn folder(name: &str) -> PathBuf {
         let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
         fs::create_dir_all(parent).unwrap();
+        Self::folder_in(parent, name)
+    }
+
+    fn folder_in(parent: &Path, name: &str) -> PathBuf {
         let folder = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(parent).unwrap();
         folder.keep()
     }

@@ -9,6 +9,7 @@ mod common;
 #[path = "../load/mod.rs"]
 mod load;
 
+mod conformance;
 mod cuts;
 mod full;
 mod guest;
