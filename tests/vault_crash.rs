@@ -4,92 +4,14 @@
 
 mod vault_support;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use afterimage::base::{ErrorKind, PointId, Result};
 use afterimage::core::ports::points::PointStore;
 use afterimage::core::ports::vault::Vault;
 use afterimage::vault::{DirectoryVault, Steps};
+use vault_support::story::{Deed, Story, go_on, story};
 use vault_support::*;
-
-/// What is done to the vault, in order.
-enum Deed {
-    Deliver(Box<Epoch>),
-    Pin(PointId),
-    Delete(PointId),
-}
-
-struct Story {
-    deeds: Vec<Deed>,
-    images: BTreeMap<PointId, Image>,
-    vm: afterimage::base::VmId,
-}
-
-fn story() -> Story {
-    let mut primary = Primary::small(5, 24);
-    let vm = primary.vm;
-    let mut deeds = Vec::new();
-    let mut images = BTreeMap::new();
-    let mut points = Vec::new();
-    for n in 0..9usize {
-        match n {
-            1 => primary.disks[0].write(3 * BLOCK, &[7; 5 * BLOCK]),
-            2 => primary.disks[0].truncate(10 * BLOCK + 100),
-            3 => {
-                primary.disks[0].write(20 * BLOCK, &[9; 3000]);
-                primary.disks.push(Disk::new(2, "second.raw", vec![5; 6 * BLOCK]));
-            }
-            4 => primary.disks[0].whole = true,
-            5 => primary.disks[1].write(0, &vec![0; 4 * BLOCK]),
-            6 => drop(primary.disks.remove(1)),
-            7 => primary.disks[0].path = "renamed.raw".into(),
-            _ => primary.disks[0].write(4 * BLOCK, &[n as u8; 2 * BLOCK]),
-        }
-        let epoch = primary.cut();
-        images.insert(epoch.point(), epoch.image.clone());
-        points.push(epoch.point());
-        deeds.push(Deed::Deliver(Box::new(epoch)));
-    }
-    // The oldest; two in a row in the middle, then their neighbour; and one that is pinned stays.
-    deeds.push(Deed::Pin(points[6]));
-    for n in [0, 2, 3, 1] {
-        deeds.push(Deed::Delete(points[n]));
-    }
-    let epoch = {
-        primary.disks[0].write(0, &[1; BLOCK]);
-        primary.cut()
-    };
-    images.insert(epoch.point(), epoch.image.clone());
-    deeds.push(Deed::Deliver(Box::new(epoch)));
-    deeds.push(Deed::Delete(points[5]));
-    Story { deeds, images, vm }
-}
-
-/// Does what is not done yet; an error when the vault was stopped.
-fn go_on(story: &Story, vault: &DirectoryVault, next: &mut usize) -> Result<()> {
-    vault.register(story.vm, &"web1".parse().unwrap())?;
-    while let Some(deed) = story.deeds.get(*next) {
-        match deed {
-            Deed::Deliver(epoch) => {
-                epoch.deliver(vault)?;
-                if !vault.wait_applied(story.vm, PATIENCE)? {
-                    let why = vault.last_error(story.vm).unwrap_or_default();
-                    return Err(afterimage::base::Error::new(ErrorKind::Cancelled, why));
-                }
-            }
-            Deed::Pin(point) => vault.set_pinned(story.vm, *point, true)?,
-            Deed::Delete(point) => match vault.delete(story.vm, *point) {
-                // The kill came after the commit.
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                other => other?,
-            },
-        }
-        *next += 1;
-    }
-    Ok(())
-}
 
 fn open(path: &Path, steps: &Arc<Steps>) -> Arc<DirectoryVault> {
     DirectoryVault::open_with(path, TestClock::new(), Arc::clone(steps)).unwrap()

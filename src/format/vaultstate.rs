@@ -97,12 +97,14 @@ struct Sealed<T> {
     digest: Digest,
 }
 
-fn seal<T: Serialize>(state: &T) -> Result<Vec<u8>> {
+/// The bytes of a document with its digest.
+pub(crate) fn seal<T: Serialize>(state: &T) -> Result<Vec<u8>> {
     let digest = Digest::of(&to_json(state)?);
     to_json(&Sealed { state, digest })
 }
 
-fn unseal<T: Serialize + DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
+/// Reads what [`seal`] made; `what` is its name.
+pub(crate) fn unseal<T: Serialize + DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
     let outer: Outer = from_json(what, bytes)?;
     check_format(what, outer.state.format)?;
     let sealed: Sealed<T> = from_json(what, bytes)?;

@@ -181,7 +181,7 @@ impl DirectoryVault {
         let mut file = lock(&store.shared).file.clone();
         change(&mut file);
         if file != lock(&store.shared).file {
-            store.write(&store.dir.vm_file(), &to_json(&file)?, "vm.json")?;
+            store.write(&store.dir.vm_file(), &file.encode()?, "vm.json")?;
             lock(&store.shared).file = file;
         }
         Ok(())

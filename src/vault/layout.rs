@@ -31,11 +31,12 @@ use crate::base::error::Context;
 use crate::base::{DiskId, EpochNumber, Result, VmId, VmName};
 use crate::core::retention::Keep;
 use crate::format::part::PartName;
+use crate::format::vaultstate::{check_format, from_json, seal, unseal};
 
-/// `vm.json`: what seldom changes.
+/// `vm.json`: what seldom changes. Sealed: a flipped bit in a keep rule would drop points.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct VmFile {
+pub struct VmFile {
     /// [`crate::format::vaultstate::VAULT_FORMAT`].
     pub format: u32,
     /// Which VM.
@@ -44,6 +45,23 @@ pub(super) struct VmFile {
     pub name: VmName,
     /// Its keep rules.
     pub keep: Keep,
+}
+
+impl VmFile {
+    /// The bytes of `vm.json`.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        seal(self)
+    }
+
+    /// Reads `vm.json`, also one of the first version, which was not sealed.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let what = "vm.json";
+        let sealed = unseal(what, bytes);
+        let first = |e| from_json::<Self>(what, bytes).map_err(|_| e);
+        let file = sealed.or_else(first)?;
+        check_format(what, file.format)?;
+        Ok(file)
+    }
 }
 
 /// The folder of one VM.

@@ -34,5 +34,6 @@ mod undolog;
 mod verify;
 
 pub use directory::DirectoryVault;
+pub use layout::VmFile;
 #[doc(hidden)]
 pub use steps::Steps;

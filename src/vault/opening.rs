@@ -28,7 +28,7 @@ use crate::base::error::Context;
 use crate::base::{Clock, DiskId, EpochNumber, Error, ErrorKind, Result, VmId, VmName};
 use crate::core::ports::vault::Head;
 use crate::core::retention::Keep;
-use crate::format::vaultstate::{VAULT_FORMAT, VmState, check_format, from_json, to_json};
+use crate::format::vaultstate::{VAULT_FORMAT, VmState};
 
 /// Largest `vm.json` and `state.json`.
 const SMALL_DOCUMENT_BYTES_MAX: u64 = 64 << 20;
@@ -43,7 +43,7 @@ pub(super) fn create(vault: &Path, vm: VmId, name: &VmName) -> Result<()> {
         make_dir(&new.join(sub))?;
     }
     let file = VmFile { format: VAULT_FORMAT, id: vm, name: name.clone(), keep: Keep::default() };
-    write_atomic(&new.join("vm.json"), &to_json(&file)?)?;
+    write_atomic(&new.join("vm.json"), &file.encode()?)?;
     write_atomic(&new.join("state.json"), &VmState::default().encode()?)?;
     let what = || format!("cannot make the folder of VM {vm}");
     std::fs::rename(&new, VmDir::new(vault, vm).root()).context(what)?;
@@ -58,8 +58,7 @@ pub(super) fn open(vault: &Path, vm: VmId, clock: Arc<dyn Clock>, steps: Arc<Ste
             .why(format!("{} is missing", dir.root().join(name).display()))
     };
     let bytes = read_limited(&dir.vm_file(), SMALL_DOCUMENT_BYTES_MAX)?.ok_or_else(|| missing("vm.json"))?;
-    let file: VmFile = from_json("vm.json", &bytes)?;
-    check_format("vm.json", file.format)?;
+    let file = VmFile::decode(&bytes)?;
     if file.id != vm {
         return Err(Error::new(ErrorKind::Damaged, format!("VM {vm} of the vault cannot be opened"))
             .why(format!("its folder holds VM {}", file.id)));

@@ -18,6 +18,8 @@ use afterimage::format::manifest::{
 use afterimage::format::part::{PartBuilder, PartName, StoredPart};
 use afterimage::vault::DirectoryVault;
 
+pub mod story;
+
 pub const BLOCK: usize = 4096;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 

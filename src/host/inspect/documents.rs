@@ -10,22 +10,25 @@ use crate::base::limits::DOCUMENT_BYTES_MAX;
 use crate::base::{Digest, Error, ErrorKind, Result};
 use crate::format::manifest::Manifest;
 use crate::format::vaultstate::{ClockState, VmState};
+use crate::vault::VmFile;
 
 /// Documents by the keys that only they have; a key within another one is a path.
-const DOCUMENT_CASES: [(&str, &[&str]); 9] = [
+const DOCUMENT_CASES: [(&str, &[&str]); 10] = [
     (MANIFEST, &["parent", "parts", "disks", "cut_time"]),
     (CLOCK, &["state/seen", "digest"]),
+    (IDENTITY, &["state/keep", "digest"]),
     (STATE, &["state", "digest"]),
     ("configuration of a VM", &["format", "vm"]),
     ("remembered mounts", &["format", "mounts"]),
     ("policies", &["format", "policies"]),
-    ("identity of a VM in a vault", &["format", "id", "name", "keep"]),
+    (IDENTITY, &["format", "id", "name", "keep"]),
     ("identity of a clone", &["format", "point", "disks"]),
     ("a document of afterimage", &["format"]),
 ];
 const MANIFEST: &str = "manifest of an epoch";
 const CLOCK: &str = "clock of a vault";
 const STATE: &str = "state of a VM in a vault";
+const IDENTITY: &str = "identity of a VM in a vault";
 /// Version of every document that says it only by its member `format`.
 const DOCUMENT_FORMAT: u64 = 1;
 
@@ -54,6 +57,7 @@ pub(super) fn inspect(path: &Path, first: &[u8]) -> Result<Option<Inspection>> {
     let sealed = match *kind {
         STATE => VmState::decode(&bytes).map(drop),
         CLOCK => ClockState::decode(&bytes).map(drop),
+        IDENTITY => VmFile::decode(&bytes).map(drop),
         _ => Ok(()),
     };
     match sealed {

@@ -197,6 +197,24 @@ fn the_state_of_a_vm_is_sealed() {
 }
 
 #[test]
+fn the_identity_of_a_vm_is_sealed() {
+    use crate::core::retention::Keep;
+    use crate::vault::VmFile;
+    let dir = tempfile::tempdir().unwrap();
+    let identity = VmFile { format: 1, id: VmId(7), name: "web1".parse().unwrap(), keep: Keep::default() };
+    let text = String::from_utf8(identity.encode().unwrap()).unwrap();
+    let good = inspect(&file(&dir, text.as_bytes())).unwrap();
+    assert!(good.healthy && good.kind == "identity of a VM in a vault", "{good:?}");
+    let flipped = text.replace("web1", "web0");
+    assert!(!inspect(&file(&dir, flipped.as_bytes())).unwrap().healthy);
+    // The first version had no seal.
+    let first = serde_json::to_vec(&identity).unwrap();
+    let good = inspect(&file(&dir, &first)).unwrap();
+    assert!(good.healthy && good.kind == "identity of a VM in a vault", "{good:?}");
+    assert_eq!(VmFile::decode(&first).unwrap(), identity);
+}
+
+#[test]
 fn the_clock_of_a_vault_is_sealed() {
     use crate::format::vaultstate::ClockState;
     let dir = tempfile::tempdir().unwrap();
