@@ -64,7 +64,9 @@ fn files(dir: &Path, found: &mut BTreeMap<String, Vec<PathBuf>>) {
             let kind = match (name.rsplit_once('.'), dir.parent().and_then(Path::file_name)) {
                 (None, _) if name == "manifest" => "inbox/manifest".to_owned(),
                 (None, _) => "inbox/part".to_owned(),
-                (Some((_, ending)), Some(parent)) if parent == "inbox" => format!("{folder}/{ending}"),
+                (Some((_, ending)), Some(parent)) if parent == "inbox" && folder != "first" => {
+                    format!("inbox/{ending}")
+                }
                 (Some((_, "json")), _) => name.clone().into_owned(),
                 (Some((_, ending)), _) => format!("{folder}/{ending}"),
             };
