@@ -19,6 +19,9 @@
 //! a *snapshot* record; a file without one was never the log. The file with the highest
 //! generation is the log: a new one is whole and synced before anything is appended to it.
 //!
+//! Every batch, and the *snapshot* record, is written twice: of a record that rots there is another
+//! one before or behind it, so that rot is never taken for a torn end.
+//!
 //! *Cold* ends only activations up to its number, so that a newer one voids it (T6).
 //!
 //! Killed or out of power while appending: the last batch may be torn; its writers were not told

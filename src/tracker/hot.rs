@@ -31,10 +31,12 @@ use crate::format::hotlog::{
     self, HOT_BYTES_MAX, HOT_HEADER_BYTES, HOT_RECORD_BYTES, HotHeader, HotKind, HotRecord, HotReport, HotSet,
 };
 
-/// Bytes of a new file, at least: room for 16 thousand records.
+/// Bytes of a new file, at least: room for 8 thousand records, each twice.
 const FILE_BYTES_MIN: usize = 1 << 20;
 /// Requests that share one sync, at most.
 const BATCH_MAX: usize = 4096;
+/// Written whole or not at all; the header of the file is in its first one.
+const SECTOR_BYTES: usize = 512;
 
 /// What was found at the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,23 +172,26 @@ fn path_of(dir: &Path, generation: u64) -> PathBuf {
 }
 
 fn read_file(path: &Path) -> Result<Option<HotReport>> {
-    let Some(bytes) = read_limited(path, HOT_BYTES_MAX)? else { return Ok(None) };
-    match hotlog::read(&bytes) {
-        Ok(report) => Ok(Some(report)),
-        Err(e) if e.kind() == ErrorKind::Version => Err(e),
-        Err(e) => {
-            log::warn!("{}: {e}", path.display());
-            Ok(None)
-        }
+    match read_limited(path, HOT_BYTES_MAX)? {
+        // Its power went before its first sector was there: it was never the log.
+        Some(bytes) if bytes.iter().take(SECTOR_BYTES).any(|b| *b != 0) => hotlog::read(&bytes).map(Some),
+        _ => Ok(None),
     }
 }
 
-/// The log: the whole file with the highest generation. A damaged one is none: an older file
-/// instead of it would say too little.
+/// The log: the whole file with the highest generation. With a damaged one there is none: an older
+/// file instead of it would say too little.
 fn newest(dir: &Path) -> Result<Option<HotReport>> {
     let mut files = Vec::new();
     for turn in 0..2 {
-        files.extend(read_file(&path_of(dir, turn))?.filter(|r| r.is_whole || r.damaged_at.is_some()));
+        match read_file(&path_of(dir, turn)) {
+            Ok(file) => files.extend(file.filter(|r| r.is_whole || r.damaged_at.is_some())),
+            Err(e) if e.kind() == ErrorKind::Damaged => {
+                log::warn!("{}: {e}: every disk is compared whole", path_of(dir, turn).display());
+                return Ok(None);
+            }
+            Err(e) => return Err(e),
+        }
     }
     let newest = files.into_iter().max_by_key(|r| r.header.generation);
     if let Some(at) = newest.as_ref().and_then(|r| r.damaged_at) {
@@ -318,9 +323,10 @@ impl Writer {
     /// `false`: the file is full. After an error nothing is appended to it any more.
     fn append(&mut self, records: &[HotRecord]) -> Result<bool> {
         let Some(mut open) = self.file.take() else { return Ok(false) };
-        let mut bytes = Vec::with_capacity(records.len() * HOT_RECORD_BYTES);
-        for (i, record) in records.iter().enumerate() {
-            bytes.extend_from_slice(&record.encode(open.header.nonce, open.sequence + i as u64));
+        let mut bytes = Vec::with_capacity(2 * records.len() * HOT_RECORD_BYTES);
+        // Twice: a record that rots at the end would look like a torn one.
+        for (record, sequence) in records.iter().chain(records).zip(open.sequence..) {
+            bytes.extend_from_slice(&record.encode(open.header.nonce, sequence));
         }
         if open.offset + bytes.len() as u64 > open.bytes {
             return Ok(false);
@@ -330,7 +336,7 @@ impl Writer {
             .and_then(|()| open.file.sync_data())
             .context(|| "the hot-region log cannot be written")?;
         open.offset += bytes.len() as u64;
-        open.sequence += records.len() as u64;
+        open.sequence += 2 * records.len() as u64;
         self.file = Some(open);
         Ok(true)
     }
@@ -360,7 +366,7 @@ impl Writer {
             length: 0,
             activation: last_activation,
         };
-        for record in snapshot.chain(std::iter::once(end)) {
+        for record in snapshot.chain([end; 2]) {
             bytes.extend_from_slice(&record.encode(header.nonce, sequence));
             sequence += 1;
         }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -124,8 +124,7 @@ impl Rig {
 
     fn open_with(&mut self, boot: BootId, specs: Vec<DiskSpec>, fresh: bool) -> Result<()> {
         let state = self.dir.path().join("state");
-        let tracker =
-            Tracker::open(&state, boot, Arc::new(SystemClock::default()), self.preserved_bytes).unwrap();
+        let tracker = Tracker::open(&state, boot, Arc::new(SystemClock::default()), self.preserved_bytes)?;
         let vm = tracker.open_vm(VmId(77), specs, fresh);
         self.tracker = Some(tracker);
         self.vm = Some(vm?);
@@ -175,6 +174,32 @@ impl Rig {
         self.vm = None;
         self.tracker = None;
         self.open(boot, false);
+    }
+
+    /// The process ends without a word. Every file of ours that it leaves, with something in it.
+    pub fn end(&mut self) -> Vec<PathBuf> {
+        self.vm = None;
+        self.tracker = None;
+        let mut found = Vec::new();
+        let mut folders = vec![self.dir.path().to_owned()];
+        while let Some(folder) = folders.pop() {
+            for path in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_none_or(|e| e != "img") && path.metadata().unwrap().blocks() > 0
+                {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Another process begins; an error if the tracker or the VM cannot be opened.
+    pub fn try_open(&mut self, boot: BootId) -> Result<()> {
+        let specs = (1..=DISKS).map(|id| self.spec(id)).collect();
+        self.open_with(boot, specs, false)
     }
 
     pub fn write_at(&mut self, disk: usize, offset: u64, length: usize) {

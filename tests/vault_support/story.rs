@@ -67,14 +67,20 @@ pub fn story() -> Story {
 
 /// Waits until whatever was begun is finished, or cannot be.
 pub fn settled(story: &Story, vault: &DirectoryVault) -> Result<()> {
+    const LOOK: Duration = Duration::from_millis(50);
     let start = Instant::now();
-    while !vault.wait_applied(story.vm, Duration::from_millis(50))? {
+    loop {
+        let looked = Instant::now();
+        if vault.wait_applied(story.vm, LOOK)? {
+            return Ok(());
+        }
         let error = vault.last_error(story.vm);
-        if error.is_some() || start.elapsed() > PATIENCE {
+        // A vault that was stopped does not wait.
+        let is_stopped = looked.elapsed() < LOOK;
+        if is_stopped || error.is_some() || start.elapsed() > PATIENCE {
             return Err(Error::new(ErrorKind::Cancelled, error.unwrap_or_default()));
         }
     }
-    Ok(())
 }
 
 /// Does what is not done yet; an error when the vault was stopped.
