@@ -19,8 +19,9 @@
 //! a *snapshot* record; a file without one was never the log. The file with the highest
 //! generation is the log: a new one is whole and synced before anything is appended to it.
 //!
-//! Every batch, and the *snapshot* record, is written twice: of a record that rots there is another
-//! one before or behind it, so that rot is never taken for a torn end.
+//! Every record that is appended is written twice, and so is the *snapshot* record: one that rots
+//! has its like before or behind it, so that rot is never taken for a torn end. The first of the
+//! two has an even number: both are in one sector, which no power cut tears.
 //!
 //! *Cold* ends only activations up to its number, so that a newer one voids it (T6).
 //!
@@ -119,7 +120,8 @@ impl HotHeader {
             return failed(ErrorKind::Damaged, "it does not begin as one".into());
         }
         let version = array(page, 8).map_or(0, u32::from_le_bytes);
-        if version != HOT_VERSION {
+        // The check of the header is in its place in every version.
+        if version != HOT_VERSION && Self::decode_fields(page).is_some() {
             let why = format!("it has version {version}, this program knows {HOT_VERSION}");
             return failed(ErrorKind::Version, why);
         }
@@ -329,6 +331,16 @@ mod tests {
 
     fn header() -> HotHeader {
         HotHeader { log: 5, generation: 2, nonce: 99, boot: BootId(3), last_activation: 0 }
+    }
+
+    #[test]
+    fn a_flipped_version_is_damage_and_a_newer_one_is_not() {
+        let mut page = header().encode();
+        page[8] ^= 2;
+        assert_eq!(HotHeader::decode(&page).unwrap_err().kind(), ErrorKind::Damaged);
+        let sum = check(0, &page[..80]);
+        page[80..88].copy_from_slice(&sum);
+        assert_eq!(HotHeader::decode(&page).unwrap_err().kind(), ErrorKind::Version);
     }
 
     fn file(records: &[HotRecord]) -> Vec<u8> {

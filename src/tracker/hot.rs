@@ -324,8 +324,9 @@ impl Writer {
     fn append(&mut self, records: &[HotRecord]) -> Result<bool> {
         let Some(mut open) = self.file.take() else { return Ok(false) };
         let mut bytes = Vec::with_capacity(2 * records.len() * HOT_RECORD_BYTES);
-        // Twice: a record that rots at the end would look like a torn one.
-        for (record, sequence) in records.iter().chain(records).zip(open.sequence..) {
+        debug_assert!(open.sequence.is_multiple_of(2), "both are in one sector");
+        let twice = records.iter().flat_map(|record| [record; 2]);
+        for (record, sequence) in twice.zip(open.sequence..) {
             bytes.extend_from_slice(&record.encode(open.header.nonce, sequence));
         }
         if open.offset + bytes.len() as u64 > open.bytes {
@@ -366,8 +367,13 @@ impl Writer {
             length: 0,
             activation: last_activation,
         };
-        for record in snapshot.chain([end; 2]) {
+        for record in snapshot {
             bytes.extend_from_slice(&record.encode(header.nonce, sequence));
+            sequence += 1;
+        }
+        // One more where it takes that for what follows to begin at an even number.
+        for _ in 0..2 + sequence % 2 {
+            bytes.extend_from_slice(&end.encode(header.nonce, sequence));
             sequence += 1;
         }
         let offset = bytes.len() as u64;

@@ -182,8 +182,9 @@ impl Preserve {
         let slot = self.slots.fetch_add(blocks, SeqCst);
         let written = self.file.write_all_at(content, PRESERVED_OFFSET + slot * BLOCK_BYTES);
         if self.freed.load(SeqCst) {
-            // Perhaps after the others were freed.
+            // Perhaps after the others were freed. Nobody may believe that they are there.
             self.punch(slot, blocks);
+            return Err(Limit::Closed);
         }
         written.map(|()| slot).map_err(|_| Limit::Io)
     }

@@ -131,7 +131,7 @@ fn posix_on_xfs() {
 #[test]
 fn fsx_on_a_protected_disk() {
     let operations = if std::env::var_os("AFTERIMAGE_FSX").is_some() { "10000" } else { "2000" };
-    for round in 0..rounds("AFTERIMAGE_FSX", 2) {
+    for round in 0..rounds("AFTERIMAGE_FSX", 3) {
         let seed = if operations == "2000" { round as u64 } else { rand::random::<u32>().into() };
         let scratch = Scratch::new("fsx");
         let (lower, mounted) = (scratch.dir("lower"), scratch.dir("mounted"));
