@@ -19,7 +19,7 @@ pub const PRESERVED_PERCENT_MAX: u64 = 5;
 /// Preserved data in memory, of all disks together; more goes into the HRLs.
 pub const PRESERVED_MEMORY_BYTES: u64 = 32 << 20;
 /// Most that the configuration can make of it.
-pub const PRESERVED_MEMORY_BYTES_MAX: u64 = 4 << 30;
+pub const PRESERVED_MEMORY_BYTES_MAX: u64 = 1 << 30;
 /// Preserved data leaves at least this much of the image file system free (T5).
 pub const IMAGE_FREE_BYTES_MIN: u64 = 256 << 20;
 /// An activation that takes longer gives the disk the untracked mark (T8).
