@@ -367,6 +367,7 @@ fn rig_with_a_preserved_block(seed: u64, memory: u64) -> Rig {
     let mut rig = Rig::new(seed, 4 << 20);
     rig.preserved_bytes = memory;
     rig.open(BootId(1), true);
+    assert!(!rig.vm().disk(DiskId(1)).unwrap().make_room(), "nothing was saved yet");
     rig.ship_everything();
     rig.write_at(0, 0, 10);
     let vm = rig.vm();

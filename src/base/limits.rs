@@ -16,7 +16,8 @@ pub const DOCUMENT_BYTES_MAX: u64 = 256 << 20;
 pub const PRESERVE_OPERATION_BYTES_MAX: u64 = 16 << 20;
 /// Share of the disk that preserved data may take, in percent (T5).
 pub const PRESERVED_PERCENT_MAX: u64 = 5;
-/// Preserved data in memory, of all disks together; more goes into the HRLs.
+/// Preserved data in memory, of all disks together, of which one gets at most half; more goes into
+/// the HRLs.
 pub const PRESERVED_MEMORY_BYTES: u64 = 32 << 20;
 /// Most that the configuration can make of it.
 pub const PRESERVED_MEMORY_BYTES_MAX: u64 = 1 << 30;

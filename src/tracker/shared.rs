@@ -30,7 +30,7 @@ pub(crate) struct VmShared {
     /// Where blocks of the frozen epoch are saved, of every disk.
     pub(crate) preserves: Mutex<Vec<Arc<Preserve>>>,
     /// The last epoch whose preserved blocks made room for guests.
-    pub(crate) emptied: Mutex<u64>,
+    pub(crate) emptied: Mutex<Option<u64>>,
     /// Of the process.
     pub(crate) memory: Arc<PreserveMemory>,
 }
@@ -83,13 +83,13 @@ impl VmShared {
         let frozen = self.word().epoch() - 1;
         let takes_space = lock(&self.preserves).iter().any(|p| p.epoch == frozen && p.is_in_file());
         if !takes_space {
-            return *emptied == frozen;
+            return *emptied == Some(frozen);
         }
         self.announce_give_up(frozen, "the image file system is full", 0);
         if self.free_preserved() {
-            *emptied = frozen;
+            *emptied = Some(frozen);
         }
-        *emptied == frozen
+        *emptied == Some(frozen)
     }
 
     /// Frees what was preserved for the frozen epoch, which gives up its cut. Whether there is more

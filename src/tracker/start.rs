@@ -128,7 +128,7 @@ pub(crate) fn open_vm(
         mutation: Mutation::from_environment(),
         give_ups: Mutex::new(GiveUps::default()),
         preserves: Mutex::new(Vec::new()),
-        emptied: Mutex::new(0),
+        emptied: Mutex::default(),
         memory: around.memory.clone(),
     });
     let recovered =
